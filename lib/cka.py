@@ -1,0 +1,247 @@
+"""Centred kernel alignment (CKA) between layers, estimated without bias from minibatches.
+
+Linear CKA compares the Gram matrices of two layers over the same images. Grams are reduced inside
+the hook, so a layer costs n x n numbers however wide it is. The estimator is that of Nguyen et al.
+(2021): the unbiased HSIC of Song et al. (2012), summed over minibatches, divided once at the end.
+"""
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import xarray as xr
+from scipy import stats
+from torch import Tensor
+from torchmetrics import Metric
+
+ESTIMATORS = ("unbiased", "biased")
+SMALLEST_BATCH = 4  # the unbiased HSIC divides by n (n - 3)
+
+
+def cka(x, y, estimator: str = "unbiased") -> float:
+    """CKA of two sets of activations of the same n images.
+
+    Parameters
+    ----------
+    x, y : array or tensor (n, ...), any float type
+        Everything after the first axis is flattened.
+    estimator : {"unbiased", "biased"}
+        "biased" is the HSIC printed in the paper; it tends to 1 as layers get wider than n.
+
+    Returns
+    -------
+    float
+        1 for identical layers up to rotation, isotropic scaling and translation; about 0 for
+        independent ones, and then possibly below 0: nothing is clamped. NaN if a layer does not
+        vary over the images.
+    """
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    if len(x) != len(y):
+        raise ValueError(f"CKA compares the same images in both; got {len(x)} and {len(y)}")
+    _check(estimator)
+    if len(x) < SMALLEST_BATCH:
+        raise ValueError(_too_small(len(x)))
+    gram_x, gram_y = centred_gram(x, estimator), centred_gram(y, estimator)
+    return float((gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm()))
+
+
+def centred_gram(x: Tensor, estimator: str = "unbiased") -> Tensor:
+    """Centred Gram matrix (n, n) in float64 of activations (n, ...).
+
+    Inner products of two such matrices are HSIC up to a factor that depends on n alone:
+    n (n - 3) for the unbiased estimator, (n - 1)^2 for the biased one. A layer that does not vary
+    over the images gives NaN, for no CKA with it is defined.
+    """
+    x = x.flatten(1) if x.dim() > 1 else x[:, None]
+    if not x.is_floating_point():
+        x = x.double()
+    resolution = torch.finfo(x.dtype).eps
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    gram = x @ x.T
+    energy = gram.diagonal().sum()
+    if not gram.sum() / len(x) < 0.8 * energy:
+        # Most of the energy is the images' common mean, which HSIC ignores but which would drown
+        # the differences in rounding errors: take it out before the product. (Also met by NaN.)
+        # Subtracting one image first is exact, so that a constant layer becomes exactly zero.
+        x = x - x[:1]
+        x = x - x.mean(0)
+        gram = x @ x.T
+    if gram.diagonal().sum() <= resolution**2 * energy:
+        gram = torch.full_like(gram, torch.nan)
+    return centre(gram, estimator)
+
+
+def centre(gram: Tensor, estimator: str = "unbiased") -> Tensor:
+    """Centre a Gram matrix (n, n), in float64.
+
+    For the biased estimator rows and columns get mean zero; for the unbiased one the diagonal is
+    left out of everything (U-centring).
+    """
+    n = len(gram)
+    # Apple's GPUs have no float64; from here on everything is n x n anyway.
+    gram = gram.to("cpu" if gram.device.type == "mps" else gram.device, torch.float64, copy=True)
+    if estimator == "biased":
+        return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+    gram.fill_diagonal_(0)
+    rows = gram.sum(1)
+    gram -= (rows[:, None] + rows[None]) / (n - 2) - rows.sum() / ((n - 1) * (n - 2))
+    return gram.fill_diagonal_(0)
+
+
+class MinibatchCKA(Metric):
+    """CKA between all taps of all models, from minibatches of the same images.
+
+    Parameters
+    ----------
+    taps : str or list of str
+        What :func:`lib.measure.measure` taps in every model; see :func:`lib.taps.tap_names`.
+    estimator : {"unbiased", "biased"}
+        The biased one is here to show what it does.
+    groups : int
+        Minibatches are dealt to this many groups, whose HSICs are kept apart: resampling them
+        gives intervals without ever repeating an image within a Gram matrix.
+
+    Minibatches are weighed by their number of images. Smaller than 4, they cannot be used: they
+    are left out with a warning, and it is an error when nothing else is left.
+
+    Examples
+    --------
+    >>> metric = MinibatchCKA()
+    >>> for images in loader:                                        # doctest: +SKIP
+    ...     metric.update({"a": layer_a(images), "b": layer_b(images)})
+    >>> metric.compute()["cka"].sel(tap="a", other="b")              # doctest: +SKIP
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, taps="all", estimator: str = "unbiased", groups: int = 20):
+        super().__init__()
+        _check(estimator)
+        if groups < 2:
+            raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
+        self.taps = taps
+        self.estimator = estimator
+        self.groups = groups
+        self.names: list[str] = []
+        self.skipped = 0
+        self.add_state("seen", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
+
+    @property
+    def settings(self) -> dict:
+        """What a record of this measurement depends on."""
+        return {"taps": self.taps, "estimator": self.estimator, "groups": self.groups}
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """What a hook keeps of an activation: its centred Gram matrix."""
+        if len(value) < SMALLEST_BATCH:
+            return value.new_full((len(value), len(value)), torch.nan)
+        return centred_gram(value, self.estimator)
+
+    def update(
+        self,
+        activations: Mapping[str, Tensor] | None = None,
+        *,
+        reduced: Mapping[str, Tensor] | None = None,
+        batch: int | None = None,
+    ) -> None:
+        """Add one minibatch: activations (n, ...) by name, or what :meth:`reduce` made of them.
+
+        ``batch`` is the minibatch's number, which decides its group; by default they are counted.
+        """
+        if (activations is None) == (reduced is None):
+            raise ValueError("give update() activations or what reduce() made of them, not both")
+        if reduced is None:
+            reduced = {name: self.reduce(torch.as_tensor(x)) for name, x in activations.items()}
+        sizes = {name: len(gram) for name, gram in reduced.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"all taps must see the same images; got batches of {sizes}")
+        n = next(iter(sizes.values()))
+        if n < SMALLEST_BATCH:
+            warnings.warn(_too_small(n) + "; it is left out", stacklevel=2)
+            self.skipped += 1
+            return
+        if not self.names:
+            self.names = list(reduced)
+            home = next(iter(reduced.values())).device
+            shape = (self.groups, len(self.names), len(self.names))
+            empty = torch.zeros(shape, dtype=torch.float64, device=home)
+            self.add_state("hsic", empty, dist_reduce_fx="sum")
+        if set(reduced) != set(self.names):
+            odd = sorted(set(reduced) ^ set(self.names))
+            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
+
+        flat = torch.stack([reduced[name].flatten() for name in self.names])
+        hsic = flat @ flat.T / (n * (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2)
+        group = (int((self.seen > 0).sum()) if batch is None else batch) % self.groups
+        if batch is None and bool((self.seen > 0).all()):
+            group = int(self.seen.argmin())
+        self.hsic[group] += n * hsic
+        self.seen[group] += n
+
+    def compute(self) -> xr.Dataset:
+        """The estimate and what its interval is made of.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``cka``, ``low``, ``high`` (tap, other): estimate and 95 % interval (jackknife over
+            groups of minibatches); ``hsic`` (group, tap, other): the groups' summed HSICs.
+        """
+        if not self.names:
+            why = "all were smaller than 4 images" if self.skipped else "none was added"
+            raise ValueError(f"CKA needs at least one minibatch, and {why}")
+        hsic = self.hsic[self.seen > 0].cpu().numpy()
+        estimate = alignment(hsic.sum(0))
+        if undefined := [
+            name
+            for name, value in zip(self.names, np.diag(estimate), strict=True)
+            if np.isnan(value)
+        ]:
+            warnings.warn(
+                f"CKA is undefined for {', '.join(undefined)}: constant over the images, or too "
+                "few images to tell it from constant",
+                stacklevel=2,
+            )
+        margin = jackknife_margin(hsic, alignment)
+        square = ("tap", "other")
+        return xr.Dataset(
+            {
+                "cka": (square, estimate),
+                "low": (square, estimate - margin),
+                "high": (square, estimate + margin),
+                "hsic": (("group", *square), hsic),
+            },
+            coords={"tap": self.names, "other": self.names},
+        )
+
+
+def alignment(hsic: np.ndarray) -> np.ndarray:
+    """CKA from HSICs (..., taps, taps); NaN where a layer's HSIC with itself is not positive."""
+    own = np.diagonal(hsic, axis1=-2, axis2=-1)
+    own = np.sqrt(np.where(own > 0, own, np.nan))
+    return hsic / (own[..., :, None] * own[..., None, :])
+
+
+def jackknife_margin(groups: np.ndarray, statistic, confidence: float = 0.95) -> np.ndarray:
+    """Half-width of the interval of ``statistic(sum of groups)``, by leaving out one group each.
+
+    ``groups`` (g, ...) holds sums over disjoint sets of images. NaN with fewer than two groups.
+    """
+    g, total = len(groups), groups.sum(0)
+    if g < 2:
+        return np.full_like(statistic(total), np.nan)
+    left_out = [statistic(total - group) for group in groups]
+    spread = np.var(left_out, axis=0) * (g - 1)
+    return stats.t.ppf(0.5 + confidence / 2, g - 1) * np.sqrt(spread)
+
+
+def _check(estimator):
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"there is no estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}")
+
+
+def _too_small(n):
+    return f"a minibatch of {n} images is too small for the unbiased HSIC, which needs 4 or more"

@@ -1,0 +1,365 @@
+"""Claims: sentences of the paper that a record can support or contradict.
+
+A claim is a statistic and a threshold, both written down before any network was measured. Its
+verdict follows from the statistic's interval over images, and from two twins: networks that were
+never trained, and networks trained from another seed.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from IPython.display import HTML
+
+from lib.cka import alignment, jackknife_margin
+
+SUPPORTED, CONTRADICTED, INCONCLUSIVE = "supported", "contradicted", "inconclusive"
+UNMEASURABLE = "not measurable"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A falsifiable sentence.
+
+    key       : short name, beginning with the experiment it belongs to
+    sentence  : what is claimed
+    source    : where the paper claims it
+    statistic : function of :class:`Maps` whose value decides, or None if a chapter works it out
+    meaning   : what the statistic is, in words
+    threshold : the claim holds where the statistic is above it (below it, if ``below``)
+    roles     : the networks the statistic speaks of
+    """
+
+    key: str
+    sentence: str
+    source: str
+    statistic: Callable[["Maps"], float] | None
+    meaning: str
+    threshold: float
+    roles: tuple[str, ...]
+    below: bool = False
+
+    def holds(self, estimate: "Estimate") -> str:
+        """Verdict of one estimate alone, by where its interval lies."""
+        if np.isnan(estimate.low) or np.isnan(estimate.high):
+            return UNMEASURABLE
+        if estimate.low > self.threshold:
+            return CONTRADICTED if self.below else SUPPORTED
+        if estimate.high < self.threshold:
+            return SUPPORTED if self.below else CONTRADICTED
+        return INCONCLUSIVE
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A statistic with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What a record says about a claim. Twins are None where the record has no such networks."""
+
+    claim: Claim
+    trained: Estimate
+    other_seed: Estimate | None
+    untrained: Estimate | None
+    verdict: str
+    why: str
+
+
+class Maps:
+    """CKA maps by pair of roles: ``maps["vit", "resnet"]`` is (blocks, blocks), input to output.
+
+    ``maps.all("vit", "vit")`` has all taps instead of the outputs of blocks, and
+    ``maps.layers("vit")`` says which those are.
+    """
+
+    def __init__(self, squares: dict, layers: dict, cast: dict[str, str]):
+        self._squares, self._layers, self._cast = squares, layers, cast
+
+    def __getitem__(self, pair: tuple[str, str]) -> np.ndarray:
+        return self._squares[(*map(self._cast.get, pair), True)]
+
+    def all(self, rows: str, columns: str) -> np.ndarray:
+        return self._squares[self._cast[rows], self._cast[columns], False]
+
+    def layers(self, role: str, blocks: bool = True) -> list[str]:
+        return self._layers[self._cast[role], blocks]
+
+
+def decide(
+    claim: Claim, trained: Estimate, other_seed: Estimate | None, untrained: Estimate | None
+) -> Judgement:
+    """Verdict on a claim from its statistic for the trained networks and their twins.
+
+    A claim is supported if its interval lies on the claimed side for the networks and for their
+    twins from another seed, and contradicted if both lie on the other side. Anything else is
+    inconclusive. ``why`` says what to make of it, above all if untrained networks do the same.
+    """
+    verdict, why = claim.holds(trained), ""
+    if verdict == INCONCLUSIVE:
+        why = "the interval contains the threshold"
+    elif verdict != UNMEASURABLE and other_seed and claim.holds(other_seed) != verdict:
+        verdict, why = INCONCLUSIVE, "another seed does not repeat it"
+    elif verdict == SUPPORTED and untrained and claim.holds(untrained) == SUPPORTED:
+        why = "already true before training"
+    return Judgement(claim, trained, other_seed, untrained, verdict, why)
+
+
+def judge(claim: Claim, record: xr.Dataset) -> Judgement:
+    """Verdict on a claim about CKA maps, from a record that holds its networks and their twins."""
+    known = set(record["role"].values.tolist())
+    if missing := [role for role in claim.roles if role not in known]:
+        raise ValueError(f"claim {claim.key!r} needs the role {missing[0]!r}, not in this record")
+
+    def twin(suffix):
+        cast = {role: role + suffix for role in claim.roles if role + suffix in known}
+        return estimate(claim, record, cast) if cast else None
+
+    return decide(claim, estimate(claim, record), twin("_other_seed"), twin("_untrained"))
+
+
+def estimate(claim: Claim, record: xr.Dataset, cast: dict[str, str] | None = None) -> Estimate:
+    """A claim's statistic and its jackknife interval over groups of minibatches.
+
+    ``cast`` lets other roles play the claim's, for instance ``{"vit": "vit_untrained"}``.
+    """
+    cast = {role: role for role in claim.roles} | (cast or {})
+    actors = list(dict.fromkeys(cast.values()))
+    record = record.isel(tap=np.isin(record["role"], actors), other=np.isin(record["role"], actors))
+    layers, places = {}, {}
+    role, block = record["role"].values, record["block"].values
+    for actor in actors:
+        for blocks in (True, False):
+            places[actor, blocks] = np.flatnonzero((role == actor) & (block | (not blocks)))
+            layers[actor, blocks] = record["layer"].values[places[actor, blocks]].tolist()
+
+    def statistic(hsic):
+        full = alignment(hsic)
+        squares = {
+            (rows, columns, blocks): full[np.ix_(places[rows, blocks], places[columns, blocks])]
+            for rows in actors
+            for columns in actors
+            for blocks in (True, False)
+        }
+        return float(claim.statistic(Maps(squares, layers, cast)))
+
+    groups = record["hsic"].values.astype(np.float64)
+    value = statistic(groups.sum(0))
+    margin = float(jackknife_margin(groups, statistic))
+    return Estimate(value, value - margin, value + margin)
+
+
+def table(judgements: list[Judgement]) -> HTML:
+    """The claims of a chapter with their numbers and verdicts, as HTML."""
+
+    def side(claim):
+        return f"{'<' if claim.below else '>'} {claim.threshold:g}"
+
+    rows = [
+        {
+            "claim": f"<b>{j.claim.key}</b> {j.claim.sentence} <i>({j.claim.source})</i>",
+            "holds if": f"{j.claim.meaning} {side(j.claim)}",
+            "measured [95 %]": str(j.trained),
+            "other seed": str(j.other_seed or "–"),
+            "untrained": str(j.untrained or "–"),
+            "verdict": badge(j.verdict) + (f"<br>{j.why}" if j.why else ""),
+        }
+        for j in judgements
+    ]
+    return HTML(pd.DataFrame(rows).to_html(index=False, escape=False, classes="claims", border=0))
+
+
+def badge(verdict: str) -> str:
+    """A verdict as a labelled span, styled by the book's style sheet."""
+    css = "unmeasured" if verdict == UNMEASURABLE else verdict
+    return f'<span class="verdict-{css}">{verdict}</span>'
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def low_high(square: np.ndarray) -> float:
+    """Mean CKA between the lowest and the highest third of a network's layers."""
+    third = max(1, round(len(square) / 3))
+    return float(np.nanmean(square[:third, -third:]))
+
+
+def two_block_contrast(square: np.ndarray) -> float:
+    """Mean CKA within two parts of the layers minus across them, at the cut where it is largest."""
+    n = len(square)
+    return max(_contrast(square, np.arange(n) >= cut) for cut in range(1, n))
+
+
+def stage_contrast(square: np.ndarray, layers: list[str]) -> float:
+    """Contrast of a network's own stages minus the mean contrast of all other divisions.
+
+    Layers that are close are similar anyway, so any division of the layers into runs has some
+    contrast; what counts is whether the stages have more of it than as many runs cut elsewhere.
+    """
+    n, stages = len(square), [layer.rpartition(".")[0] for layer in layers]
+    own = np.cumsum([0] + [a != b for a, b in itertools.pairwise(stages)])
+    divisions = (
+        np.searchsorted(cuts, np.arange(n), side="right")
+        for cuts in itertools.combinations(range(1, n), int(own[-1]))
+    )
+    others = [_contrast(square, labels) for labels in divisions if (labels != own).any()]
+    return _contrast(square, own) - float(np.mean(others))
+
+
+def diagonal_contrast(square: np.ndarray) -> float:
+    """Mean CKA of layers at equal relative depth minus that of all other pairs."""
+    rows, columns = square.shape
+    depth = np.round(np.linspace(0, columns - 1, rows)).astype(int)
+    equal = np.zeros(square.shape, dtype=bool)
+    equal[np.arange(rows), depth] = True
+    return float(np.nanmean(square[equal]) - np.nanmean(square[~equal]))
+
+
+def kind_contrast(square: np.ndarray, layers: list[str]) -> float:
+    """How much of a grid a map of all taps shows.
+
+    Mean CKA between taps on the residual stream minus that between such a tap and one inside a
+    branch, over pairs of different blocks that are equally far apart on average.
+    """
+    parts = [layer.split(".") for layer in layers]
+    inside = [part[0] == "blocks" and part[1].isdigit() for part in parts]
+    block = np.array([int(part[1]) if ok else -1 for part, ok in zip(parts, inside, strict=True)])
+    stream = np.array([len(part) == 2 or part[-1] == "norm2:input" for part in parts])
+    apart = (block[:, None] != block[None]) & (block[:, None] >= 0) & (block[None] >= 0)
+    alike = apart & stream[:, None] & stream[None]
+    unlike = apart & (stream[:, None] != stream[None])
+    return float(np.nanmean(square[alike]) - np.nanmean(square[unlike]))
+
+
+def _contrast(square: np.ndarray, labels: np.ndarray) -> float:
+    same = labels[:, None] == labels[None]
+    off_diagonal = ~np.eye(len(square), dtype=bool)
+    return float(np.nanmean(square[same & off_diagonal]) - np.nanmean(square[~same]))
+
+
+# The claims ---------------------------------------------------------------------------------------
+
+
+def _uniformity_gap(maps: Maps) -> float:
+    return low_high(maps["vit", "vit"]) - low_high(maps["resnet", "resnet"])
+
+
+def _midpoint_fit(maps: Maps) -> float:
+    """Best fit of the ResNet's middle unit to ViT blocks below depth 0.45, minus to those above."""
+    cross = maps["vit", "resnet"]
+    depth = np.linspace(0, 1, len(cross))
+    fit = cross[:, cross.shape[1] // 2]
+    return float(fit[depth < 0.45].max() - fit[depth >= 0.45].max())
+
+
+def _last_third_deficit(maps: Maps) -> float:
+    """Best fit of the middle third of ViT blocks to any ResNet unit, minus that of the last."""
+    best = maps["vit", "resnet"].max(1)
+    third = max(1, round(len(best) / 3))
+    return float(best[third:-third].mean() - best[-third:].mean())
+
+
+def _mixer_kinship(maps: Maps) -> float:
+    return float(maps["mixer", "vit"].mean() - maps["mixer", "resnet"].mean())
+
+
+CLAIMS = {
+    claim.key: claim
+    for claim in (
+        Claim(
+            "E01-uniform",
+            "Lower and higher layers are more alike in a ViT than in a ResNet.",
+            "Fig. 1",
+            _uniformity_gap,
+            "mean CKA of the lowest with the highest third of blocks, ViT minus ResNet,",
+            0.0,
+            ("vit", "resnet"),
+        ),
+        Claim(
+            "E01-stages",
+            "A ResNet's map falls into blocks at its stages.",
+            "Fig. 1",
+            lambda maps: stage_contrast(maps["resnet", "resnet"], maps.layers("resnet")),
+            "CKA within minus across stages, beyond that of other cuts,",
+            0.0,
+            ("resnet",),
+        ),
+        Claim(
+            "E01-grid",
+            "A ViT's map of all layers shows a grid.",
+            "Fig. 1",
+            lambda maps: kind_contrast(maps.all("vit", "vit"), maps.layers("vit", blocks=False)),
+            "CKA between taps of the residual stream minus that of stream with branch",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E02-midpoint",
+            "The lower half of a ResNet corresponds to the lowest part of a ViT.",
+            "Fig. 2",
+            _midpoint_fit,
+            "best CKA of the ResNet's middle unit with ViT blocks below depth 0.45, minus above,",
+            0.0,
+            ("vit", "resnet"),
+        ),
+        Claim(
+            "E02-last-third",
+            "The last third of a ViT resembles no layer of a ResNet.",
+            "Fig. 2",
+            _last_third_deficit,
+            "best CKA with any ResNet unit, middle third of ViT blocks minus last third,",
+            0.0,
+            ("vit", "resnet"),
+        ),
+        Claim(
+            "E21-diagonal",
+            "Two ViTs agree best at equal relative depth.",
+            "appendix G",
+            lambda maps: diagonal_contrast(maps["vit", "vit_gap"]),
+            "CKA at equal depth minus elsewhere, ViT against mean-pooled ViT,",
+            0.0,
+            ("vit", "vit_gap"),
+        ),
+        Claim(
+            "E22-blocks",
+            "An MLP-Mixer falls into an early and a late block.",
+            "appendix H",
+            lambda maps: (
+                two_block_contrast(maps["mixer", "mixer"]) - two_block_contrast(maps["vit", "vit"])
+            ),
+            "CKA within minus across two parts at the best cut, Mixer minus ViT,",
+            0.0,
+            ("mixer", "vit"),
+        ),
+        Claim(
+            "E22-kinship",
+            "An MLP-Mixer is closer to a ViT than to a ResNet.",
+            "appendix H",
+            _mixer_kinship,
+            "mean CKA of Mixer with ViT minus Mixer with ResNet",
+            0.0,
+            ("mixer", "vit", "resnet"),
+        ),
+        Claim(
+            "E23-batch-size",
+            "The size of the minibatch does not matter to CKA.",
+            "appendix A",
+            None,
+            "largest change of any cell between minibatches of 128 and all images at once",
+            0.02,
+            ("vit", "resnet"),
+            below=True,
+        ),
+    )
+}

@@ -1,0 +1,117 @@
+"""One forward pass per network and minibatch, serving every measurement at once."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+from lib import records
+from lib.taps import tap_names, tapping
+
+
+def measure(
+    study,
+    roles: Sequence[str],
+    measurements: Sequence,
+    n_images: int = 1024,
+    batch_size: int = 128,
+    seed: int = 0,
+    device="cpu",
+) -> xr.Dataset:
+    """Run the networks of some roles over a study's images and measure them.
+
+    Parameters
+    ----------
+    study : study
+        From :func:`lib.studies.load_study`, or anything with its methods.
+    roles : sequence of str
+        Which networks; all see the same images in the same order.
+    measurements : sequence of measurement
+        Metrics with ``taps``, ``reduce(value)`` and ``update(reduced=..., batch=...)``, such as
+        :class:`lib.cka.MinibatchCKA`. What their hooks keep lives as long as one minibatch.
+    n_images, batch_size : int
+        A last minibatch may be smaller.
+    seed : int
+        Another seed measures on other images.
+    device : torch device
+        Networks are measured in float32 wherever they run.
+
+    Returns
+    -------
+    xarray.Dataset
+        What the measurements computed, with each tap's ``role``, ``layer`` and whether it is the
+        output of a ``block``; its attributes are its provenance. Taken from the cache if nothing
+        it depends on has changed.
+    """
+    roles = list(dict.fromkeys(roles))
+    if n_images < 1 or batch_size < 1:
+        raise ValueError(f"cannot measure {n_images} images in batches of {batch_size}")
+    images = study.images(n_images, seed)
+    networks = {role: study.model(role) for role in roles}
+    facts = {
+        "study": study.name,
+        "images": records.tensor_hash(images.pixels),
+        "n_images": len(images),
+        "batch_size": batch_size,
+        "seed": seed,
+        "weights": {role: records.weights_hash(model) for role, model in networks.items()},
+        "measurements": [_describe(measurement) for measurement in measurements],
+    }
+    return records.cached(
+        facts, lambda: _measure(study, networks, measurements, images, batch_size, device, facts)
+    )
+
+
+def _measure(study, networks, measurements, images, batch_size, device, facts):
+    for model in networks.values():
+        model.to(device)
+    for measurement in measurements:
+        measurement.reset()
+    wanted = {
+        role: [tap_names(model, measurement.taps) for measurement in measurements]
+        for role, model in networks.items()
+    }
+    total = -(-len(images) // batch_size) * len(networks)
+    with torch.no_grad(), tqdm(total=total, unit="pass", leave=False) as progress:
+        for batch, pixels in enumerate(images.batches(batch_size)):
+            pixels = pixels.to(device)
+            reduced = [{} for _ in measurements]
+            for role, model in networks.items():
+                progress.set_description(role)
+                receive = functools.partial(_reduce, measurements, wanted[role], reduced, role)
+                every = dict.fromkeys(name for names in wanted[role] for name in names)
+                with tapping(model, list(every), receive):
+                    model(study.to_input(pixels, role))
+                progress.update()
+            for measurement, kept in zip(measurements, reduced, strict=True):
+                measurement.update(reduced=kept, batch=batch)
+
+    record = xr.merge([measurement.compute() for measurement in measurements])
+    if "tap" in record.coords:
+        record = _label(record, networks)
+    record.attrs = records.provenance(device=records.device_name(device), **facts)
+    return record
+
+
+def _reduce(measurements, wanted, reduced, role, name, value):
+    """Let every measurement that wants a tap keep what it needs of its value."""
+    for measurement, names, kept in zip(measurements, wanted, reduced, strict=True):
+        if name in names:
+            kept[f"{role}/{name}"] = measurement.reduce(value)
+
+
+def _label(record, networks):
+    """Split ``vit/blocks.3.attn`` into role and layer, and mark the outputs of blocks."""
+    role, layer = zip(*(tap.split("/", 1) for tap in record["tap"].values.tolist()), strict=True)
+    outputs = {name: set(tap_names(model, "blocks")) for name, model in networks.items()}
+    block = [one in outputs[which] for which, one in zip(role, layer, strict=True)]
+    return record.assign_coords(
+        role=("tap", list(role)), layer=("tap", list(layer)), block=("tap", block)
+    )
+
+
+def _describe(measurement) -> str:
+    settings = getattr(measurement, "settings", {})
+    return f"{type(measurement).__name__}({settings})"

@@ -1,0 +1,97 @@
+"""The small networks of the lab, built from timm's classes and matched in cost.
+
+Each sees 32 x 32 images and ends in an 8 x 8 grid, so that a token of one network and a location
+of another speak of the same 4 x 4 pixels.
+"""
+
+from collections import OrderedDict
+from functools import partial
+
+import torch
+from timm.layers import GroupNormAct, StdConv2d, build_sincos2d_pos_embed
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.resnetv2 import ResNetV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lib import scenes
+
+GRID = 8
+PATCH = scenes.SIZE // GRID
+
+
+def vit() -> nn.Module:
+    """ViT-96/4: 8 blocks, 6 heads, read from a class token. About 60 M multiply-adds."""
+    return _vit(class_token=True, global_pool="token")
+
+
+def vit_gap() -> nn.Module:
+    """The same without a class token, read from the mean of its patch tokens."""
+    return _vit(class_token=False, global_pool="avg")
+
+
+def resnet() -> nn.Module:
+    """Pre-activation bottleneck ResNet with group normalisation and weight standardisation (BiT).
+
+    Three stages of 3, 4 and 6 units at 32, 16 and 8 pixels, after a 3 x 3 stem that keeps the
+    image's size, as ResNets for small images have.
+    """
+    model = ResNetV2(
+        layers=(3, 4, 6),
+        channels=(64, 128, 256),
+        num_classes=len(scenes.CLASSES),
+        norm_layer=partial(GroupNormAct, num_groups=8),
+    )
+    model.stem = nn.Sequential(OrderedDict(conv=StdConv2d(3, 64, kernel_size=3)))
+    return model
+
+
+def mixer() -> nn.Module:
+    """MLP-Mixer of the ViT's width and depth: the same stream, mixed without attention."""
+    return MlpMixer(
+        img_size=scenes.SIZE,
+        patch_size=PATCH,
+        num_blocks=8,
+        embed_dim=96,
+        num_classes=len(scenes.CLASSES),
+    )
+
+
+def _vit(**readout) -> nn.Module:
+    model = VisionTransformer(
+        img_size=scenes.SIZE,
+        patch_size=PATCH,
+        embed_dim=96,
+        depth=8,
+        num_heads=6,
+        num_classes=len(scenes.CLASSES),
+        weight_init="jax",
+        **readout,
+    )
+    # A sine-cosine start for the learned position embedding: from a random start these small ViTs
+    # stay at chance for tens of thousands of images.
+    position = build_sincos2d_pos_embed([GRID, GRID], dim=96)
+    with torch.no_grad():
+        model.pos_embed[:, model.num_prefix_tokens :] = 0.5 * position
+    return model
+
+
+ARCHITECTURES = {"vit": vit, "vit_gap": vit_gap, "resnet": resnet, "mixer": mixer}
+
+
+def build(architecture: str, seed: int) -> nn.Module:
+    """A randomly initialised network in evaluation mode; the same seed gives the same weights."""
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"there is no architecture {architecture!r}; the lab has {known}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ARCHITECTURES[architecture]().eval()
+
+
+def multiply_adds(model: nn.Module, size: int = scenes.SIZE) -> int:
+    """Multiply-adds of one forward pass of one image, counted by torch."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops() // 2

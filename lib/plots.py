@@ -1,0 +1,133 @@
+"""The look of the book's figures: one style, fixed scales, colours that everyone can tell apart."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+import xarray as xr
+
+from lib.records import between
+
+CKA_COLOURS = "rocket"  # perceptually uniform; always shown from 0 to 1
+PALETTE = sns.color_palette("colorblind")
+ROLES = {
+    "vit": ("ViT", PALETTE[0]),
+    "vit_gap": ("mean-pooled ViT", PALETTE[9]),
+    "resnet": ("ResNet", PALETTE[1]),
+    "mixer": ("Mixer", PALETTE[2]),
+}
+TWINS = {"_untrained": ", untrained", "_other_seed": ", other seed", "_third_seed": ", third seed"}
+
+
+def use_style() -> None:
+    """Set the book's style for all figures of a chapter."""
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        palette=PALETTE,
+        rc={
+            "figure.dpi": 110,
+            "savefig.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+            "font.size": 10,
+        },
+    )
+
+
+def name(role: str) -> str:
+    """What a role is called in figures: ``"ViT, untrained"``."""
+    for suffix, words in TWINS.items():
+        if role.endswith(suffix):
+            return name(role.removesuffix(suffix)) + words
+    return ROLES[role][0] if role in ROLES else role
+
+
+def colour(role: str):
+    """A role's colour; its twins have the same."""
+    for suffix in TWINS:
+        role = role.removesuffix(suffix)
+    return ROLES[role][1] if role in ROLES else "black"
+
+
+def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, columns: int = 3):
+    """CKA maps of pairs of roles, layers from input (lower left) to output, all on one scale.
+
+    Parameters
+    ----------
+    record : xarray.Dataset
+        With the variable ``cka``, from :func:`lib.measure.measure`.
+    pairs : tuples of two roles
+        One panel each: the first role's layers upwards, the second's to the right.
+    blocks : bool
+        Show the outputs of blocks only, instead of every tap.
+    columns : int
+        Panels in a row.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    columns = min(columns, len(pairs))
+    rows = -(-len(pairs) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns + 0.7, 2.9 * rows), squeeze=False
+    )
+    for axis, (up, right) in zip(axes.flat, pairs, strict=False):
+        values = between(record, up, right, blocks=blocks)
+        sns.heatmap(
+            values.values,
+            ax=axis,
+            vmin=0,
+            vmax=1,
+            cmap=CKA_COLOURS,
+            cbar=False,
+            xticklabels=False,
+            yticklabels=False,
+            rasterized=True,
+        )
+        axis.invert_yaxis()
+        axis.set_facecolor("0.8")  # undefined cells
+        axis.set(xlabel=name(right), ylabel=name(up))
+        _mark_blocks(axis.xaxis, values["other"].values, blocks)
+        _mark_blocks(axis.yaxis, values["tap"].values, blocks)
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_axis_off()
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), CKA_COLOURS)
+    figure.colorbar(scale, ax=axes, label="CKA", shrink=0.8, aspect=25)
+    return figure
+
+
+def _mark_blocks(axis, layers, blocks: bool) -> None:
+    """Ticks at some blocks' outputs, numbered as the modules are, stages apart."""
+    outputs = [(place, layer) for place, layer in enumerate(layers) if blocks or _is_output(layer)]
+    if len(outputs) < 2:
+        return
+    chosen = [outputs[i] for i in np.linspace(0, len(outputs) - 1, 4).round().astype(int)]
+    axis.set_ticks([place + 0.5 for place, _ in chosen])
+    axis.set_ticklabels([_short(layer) for _, layer in chosen], rotation=0, size="small")
+    axis.set_tick_params(length=2, pad=1)
+
+
+def _is_output(layer: str) -> bool:
+    return layer.rpartition(".")[2].isdigit()
+
+
+def _short(layer: str) -> str:
+    """``blocks.3`` -> 3, ``stages.1.blocks.0`` -> 1.0, ``layer2.1`` -> 2.1"""
+    return ".".join(part.lstrip("layer") for part in layer.split(".") if part[-1].isdigit())
+
+
+def depth_lines(axis, values: dict[str, np.ndarray], margins: dict | None = None) -> None:
+    """Curves over relative depth (0 input, 1 output), one per role; untrained twins dashed."""
+    for role, value in values.items():
+        depth = np.linspace(0, 1, len(value))
+        style = "--" if role.endswith("_untrained") else ":" if "seed" in role else "-"
+        axis.plot(depth, value, style, color=colour(role), label=name(role))
+        if margins:
+            low, high = value - margins[role], value + margins[role]
+            axis.fill_between(depth, low, high, color=colour(role), alpha=0.15, lw=0)
+    axis.set(xlabel="relative depth (0 = first block, 1 = last)", xlim=(0, 1))
+    axis.legend(fontsize="small")

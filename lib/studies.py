@@ -1,0 +1,138 @@
+"""Studies: at one scale, which images are measured and which network plays which role.
+
+Chapters speak of roles (``vit``, ``resnet``, ``vit_untrained``) and never of checkpoints.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from lib import images, models, records, scenes, training
+from lib.training import Recipe
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+RUNS = records.ROOT / "runs"
+TEST_IMAGES = 4096
+UNTRAINED = "_untrained"
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """A network of a study: its architecture, how it was trained, and what it is for."""
+
+    architecture: str
+    recipe: Recipe
+    purpose: str
+
+
+class Lab:
+    """Procedural scenes and the small matched networks trained on them by this repository."""
+
+    name = "lab"
+    classes = scenes.CLASSES
+    roles: ClassVar[dict[str, Role]] = {
+        "vit": Role("vit", Recipe(), "the Vision Transformer, read from its class token"),
+        "vit_other_seed": Role("vit", Recipe(seed=1), "its twin from another seed: the ceiling"),
+        "vit_gap": Role("vit_gap", Recipe(), "read from the mean of its tokens, no class token"),
+        "resnet": Role("resnet", Recipe(), "the convolutional network"),
+        "resnet_other_seed": Role("resnet", Recipe(seed=1), "its twin from another seed"),
+        "mixer": Role("mixer", Recipe(), "the MLP-Mixer: tokens mixed without attention"),
+    }
+
+    def __repr__(self) -> str:
+        return f"Study {self.name!r} with the roles {', '.join(self.roles)}"
+
+    def images(self, n: int, seed: int = 0) -> images.Images:
+        """``n`` test scenes that no network was trained on."""
+        return images.scene_images(n, "test", seed)
+
+    def to_input(self, pixels: Tensor, role: str) -> Tensor:
+        """uint8 pixels -> what the role's network takes; the same for all networks of the lab."""
+        return scenes.to_input(pixels)
+
+    def role(self, name: str) -> Role:
+        """The role of a name; ``<role>_untrained`` is the same network before its training."""
+        base = name.removesuffix(UNTRAINED)
+        if base not in self.roles:
+            raise ValueError(
+                f"the study {self.name!r} has no role {name!r}; it has {', '.join(self.roles)}, "
+                f"each also as <role>{UNTRAINED}"
+            )
+        return self.roles[base]
+
+    def model(self, name: str) -> nn.Module:
+        """The network that plays a role, in evaluation mode."""
+        role = self.role(name)
+        model = models.build(role.architecture, role.recipe.seed)
+        if name.endswith(UNTRAINED):
+            return model
+        path = CHECKPOINTS / f"{name}.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no weights for the role {name!r} in {CHECKPOINTS.name}/; "
+                f"train them with: python -m lib train {name}"
+            )
+        return training.read_checkpoint(model, path)
+
+    def train(self, name: str, folder=RUNS, checkpoints=CHECKPOINTS, device="cpu") -> dict:
+        """Train a role, or go on where its training stopped, and write its checkpoint and card.
+
+        Returns the card. The accuracy on it is that of the 16-bit weights that are kept.
+        """
+        role = self.role(name)
+        if name.endswith(UNTRAINED):
+            raise ValueError(f"{name!r} is not trained; that is the point of it")
+        recipe, folder = role.recipe, Path(folder) / self.name / name
+        model = models.build(role.architecture, recipe.seed)
+        data = images.SceneSet(recipe.distinct, device=device)
+        val = images.scene_images(1024, "val")
+        started = time.monotonic()
+        curve = training.train(model, recipe, data, (val.pixels, val.labels), folder, device)
+        seconds = time.monotonic() - started
+
+        test = images.scene_images(TEST_IMAGES)
+        model = model.cpu().half().float()
+        right = round(training.score(model, test.pixels, test.labels) * len(test))
+        low, high = training.accuracy_interval(right, len(test))
+        card = {
+            "study": self.name,
+            "role": name,
+            "purpose": role.purpose,
+            "architecture": role.architecture,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": models.multiply_adds(model),
+            "recipe": dataclasses.asdict(recipe),
+            "accuracy": right / len(test),
+            "accuracy_interval": [round(low, 4), round(high, 4)],
+            "test_images": len(test),
+            "weights": records.weights_hash(model),
+            "seconds_of_last_run": round(seconds),
+            "device": records.device_name(device),
+            "provenance": records.provenance(),
+            "curve": [{key: round(value, 4) for key, value in point.items()} for point in curve],
+        }
+        training.write_checkpoint(model, card, Path(checkpoints) / f"{name}.safetensors")
+        shutil.rmtree(folder, ignore_errors=True)
+        return card
+
+    @functools.cached_property
+    def cards(self) -> dict[str, dict]:
+        """The model cards of the trained roles, by role."""
+        paths = {name: CHECKPOINTS / f"{name}.json" for name in self.roles}
+        return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
+
+
+STUDIES = {"lab": Lab}
+
+
+def load_study(name: str) -> Lab:
+    """The study of a name: ``"lab"``."""
+    if name not in STUDIES:
+        raise ValueError(f"there is no study {name!r}; there is {', '.join(STUDIES)}")
+    return STUDIES[name]()

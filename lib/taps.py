@@ -1,0 +1,254 @@
+"""Taps: named tensors in a model's forward pass, handed over the moment they exist.
+
+A tap is named after the module that makes the tensor (``blocks.3.attn``); ``:input`` means the
+tensor that enters the module instead (``blocks.3.norm2:input`` is the residual stream between
+attention and MLP). Values arrive in execution order and are not kept: whoever receives one reduces
+it on the spot, so memory does not grow with the depth of the network, and a later in-place
+operation cannot change what was measured.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+INPUT = ":input"
+
+
+class TapError(RuntimeError):
+    """A tap that does not exist, did not fire, or fired twice."""
+
+
+@contextmanager
+def tapping(
+    model: nn.Module, taps: str | Sequence[str], receive: Callable[[str, Tensor], None]
+) -> Iterator[list[str]]:
+    """Hand every tapped tensor to ``receive(name, value)`` while the model runs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module; call it as ``model(x)`` inside the context. It is in evaluation mode there, and
+        comes out as it went in, whatever happens inside.
+    taps : str or sequence of str
+        One of the ready lists ``"blocks"``, ``"branches"``, ``"all"`` (see :func:`tap_names`), or
+        names and globs, in which ``*`` stands for one part of a dotted name.
+    receive : callable
+        Called with the tap's name and its value, a tensor whose first axis is the batch. Reduce or
+        clone the value: the model may overwrite it afterwards.
+
+    Yields
+    ------
+    list of str
+        The names of the taps, in the order of the model's modules.
+
+    Raises
+    ------
+    TapError
+        If a name matches no module, or a tap does not fire, or fires more than once, in a forward
+        pass, or makes something other than one tensor.
+    """
+    names = tap_names(model, taps)
+    modules = dict(model.named_modules())
+    fired: list[str] = []
+
+    def fire(name, value):
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise TapError(f"tap {name!r} makes a {kind}, not a tensor; tap a module inside it")
+        if name in fired:
+            raise TapError(
+                f"tap {name!r} fired twice in one forward pass: its module is used more than once; "
+                "tap the modules around it instead"
+            )
+        fired.append(name)
+        receive(name, value.detach())
+
+    def forget(*_):
+        fired.clear()
+
+    def complain(*_):
+        if missing := [name for name in names if name not in fired]:
+            raise TapError(
+                f"tap {missing[0]!r} did not fire: {type(model).__name__} holds this module but "
+                f"does not call it ({len(missing)} of {len(names)} taps are silent)"
+            )
+
+    with _as_it_was(model):
+        model.eval()
+        handles = [
+            model.register_forward_pre_hook(forget, prepend=True),
+            # Not always_call: after an error in the forward pass silence is no news.
+            model.register_forward_hook(complain),
+        ]
+        try:
+            for name in names:
+                path = name.removesuffix(INPUT)
+                # An attention map exists only where attention is not fused into one kernel.
+                parent = modules.get(path.rpartition(".")[0])
+                if path.endswith(".attn_drop") and hasattr(parent, "fused_attn"):
+                    parent.fused_attn = False
+                handles.append(_hook(modules[path], name, fire))
+            yield names
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def collect(model: nn.Module, x: Tensor, taps: str | Sequence[str]) -> dict[str, Tensor]:
+    """Run the model once and keep a copy of every tapped value, in execution order."""
+    values: dict[str, Tensor] = {}
+    with (
+        torch.no_grad(),
+        tapping(model, taps, lambda name, value: values.update({name: value.clone()})),
+    ):
+        model(x)
+    return values
+
+
+def tap_names(model: nn.Module, taps: str | Sequence[str] = "all") -> list[str]:
+    """Resolve a ready list, names or globs to the names of taps, in the order of the modules.
+
+    The ready lists know ViTs, ResNets (v1 and v2) and Mixers; any other network is tapped at the
+    members of its stages.
+
+    - ``"blocks"``: the output of every block or residual unit.
+    - ``"branches"``: also what each branch adds to the residual stream, and the stream between
+      attention and MLP: four taps per ViT block, two per ResNet unit, as in the paper's Fig. 8.
+    - ``"all"``: also normalisations, hidden layers and single convolutions: six taps per ViT
+      block, seven per pre-activation bottleneck, as in the paper's Fig. 1.
+    """
+    modules = dict(model.named_modules())
+    if isinstance(taps, str) and taps in ("blocks", "branches", "all"):
+        patterns = _ready_list(modules, taps)
+    else:
+        patterns = [taps] if isinstance(taps, str) else list(taps)
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        suffix = INPUT if pattern.endswith(INPUT) else ""
+        glob = re.escape(pattern.removesuffix(INPUT)).replace(r"\*", r"[^.]+")
+        found = [name + suffix for name in modules if name and re.fullmatch(glob, name)]
+        if not found:
+            some = ", ".join(name for name in modules if name.count(".") == 0 and name)
+            raise TapError(
+                f"no module of {type(model).__name__} matches {pattern!r}; its parts are {some}"
+            )
+        names.update(dict.fromkeys(found))
+    return list(names)
+
+
+@contextmanager
+def unfused_attention(model: nn.Module) -> Iterator[None]:
+    """Compute attention step by step instead of in one fused kernel, as long as this lasts."""
+    with _as_it_was(model):
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+        yield
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    before = [(m, m.training, getattr(m, "fused_attn", None)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training, fused in before:
+            module.training = training
+            if fused is not None:
+                module.fused_attn = fused
+
+
+def _hook(module, name, fire):
+    if not name.endswith(INPUT):
+        return module.register_forward_hook(lambda _, args, output: fire(name, output))
+
+    def pre_hook(_, args):
+        fire(name, args[0] if args else None)
+
+    return module.register_forward_pre_hook(pre_hook)
+
+
+# What to tap, per family and list, written as names relative to a block.
+_VIT = {
+    "branches": ["attn", "norm2:input", "mlp", ""],
+    "all": ["norm1", "attn", "norm2:input", "norm2", "mlp.fc2:input", ""],
+}
+_MIXER = {
+    "branches": ["mlp_tokens", "norm2:input", "mlp_channels", ""],
+    "all": ["norm1", "mlp_tokens", "norm2:input", "norm2", "mlp_channels.fc2:input", ""],
+}
+_RESNET_V1 = {
+    "branches": ["bn3", "bn2", ""],
+    "all": ["conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "downsample", ""],
+}
+_RESNET_V2 = {
+    "branches": ["conv3", "conv2", ""],
+    "all": ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3", "downsample", ""],
+}
+
+
+def _ready_list(modules: dict[str, nn.Module], kind: str) -> list[str]:
+    members = _stage_members(modules)
+    if not members:
+        raise TapError("this network has no stages of blocks to tap; name the taps yourself")
+    if kind == "blocks":
+        return members
+
+    def has(*parts):
+        return all(f"{members[-1]}.{part}" in modules for part in parts)
+
+    family, around = {kind: [""]}, []
+    if has("norm1", "attn", "norm2", "mlp.fc2"):
+        family, around = _VIT, [f"{members[0]}{INPUT}", "norm"]
+    elif has("norm1", "mlp_tokens", "norm2", "mlp_channels.fc2"):
+        family, around = _MIXER, [f"{members[0]}{INPUT}", "norm"]
+    elif has("conv1", "bn1", "conv2", "bn2"):
+        family, around = _RESNET_V1, ["conv1", "bn1", "act1", "maxpool"]
+    elif has("norm1", "conv1", "norm2", "conv2"):
+        family, around = _RESNET_V2, ["stem.conv", "stem.pool", "norm"]
+
+    parts = list(family[kind])
+    if kind == "branches" and has("conv2"):
+        # One branch per unit: its last layer, the third of a bottleneck, the second of a basic one.
+        parts.remove(parts[1] if has(parts[0]) else parts[0])
+    wanted = [f"{member}.{part}" if part else member for member in members for part in parts]
+    if kind == "all":
+        wanted += around
+    return [name for name in wanted if _is_a_layer(modules, name)]
+
+
+def _is_a_layer(modules, name) -> bool:
+    """Whether the tap's module exists and does something (timm fills gaps with Identity)."""
+    module = modules.get(name.removesuffix(INPUT))
+    return module is not None and not isinstance(module, nn.Identity)
+
+
+def _stage_members(modules: dict[str, nn.Module]) -> list[str]:
+    """Members of the outermost sequences that hold blocks: ``blocks.3``, ``layer2.1``."""
+    members: list[str] = []
+
+    def visit(path, module):
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            if isinstance(module, nn.Sequential | nn.ModuleList):
+                if _holds_blocks(child):
+                    visit(inner, child)
+                elif any(True for _ in child.children()) and any(True for _ in child.parameters()):
+                    members.append(inner)
+            elif _holds_blocks(child):
+                visit(inner, child)
+
+    def _holds_blocks(module):
+        """A sequence of modules that each have parts of their own, or something around one."""
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            return any(list(child.children()) for child in module)
+        return any(
+            isinstance(child, nn.Sequential | nn.ModuleList) and _holds_blocks(child)
+            for child in module.children()
+        )
+
+    visit("", modules[""])
+    return members
