@@ -134,6 +134,11 @@ class MinibatchCKA(Metric):
         """What a record of this measurement depends on."""
         return {"taps": self.taps, "estimator": self.estimator, "groups": self.groups}
 
+    def reset(self) -> None:
+        """Forget all minibatches, and which taps they had."""
+        super().reset()
+        self.names, self.skipped = [], 0
+
     def reduce(self, value: Tensor) -> Tensor:
         """What a hook keeps of an activation: its centred Gram matrix."""
         if len(value) < SMALLEST_BATCH:

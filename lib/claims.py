@@ -62,7 +62,7 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def table(judgements: list[Judgement]) -> HTML:
     """The claims of a chapter with their numbers and verdicts, as HTML."""
 
     def side(claim):
-        return f"{'<' if claim.below else '>'} {claim.threshold:g}"
+        return f"{'&lt;' if claim.below else '&gt;'} {claim.threshold:g}"
 
     rows = [
         {

@@ -1,9 +1,14 @@
 """The look of the book's figures: one style, fixed scales, colours that everyone can tell apart."""
 
+import base64
+import html
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import xarray as xr
+from IPython.display import HTML
 
 from lib.records import between
 
@@ -25,8 +30,8 @@ def use_style() -> None:
         style="ticks",
         palette=PALETTE,
         rc={
-            "figure.dpi": 110,
-            "savefig.dpi": 110,
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
@@ -73,7 +78,7 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.7 * columns + 0.7, 2.9 * rows), squeeze=False
+        rows, columns, figsize=(2.4 * columns + 0.7, 2.55 * rows), squeeze=False
     )
     for axis, (up, right) in zip(axes.flat, pairs, strict=False):
         values = between(record, up, right, blocks=blocks)
@@ -98,6 +103,15 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), CKA_COLOURS)
     figure.colorbar(scale, ax=axes, label="CKA", shrink=0.8, aspect=25)
     return figure
+
+
+def inline(figure, alt: str) -> HTML:
+    """A figure as an HTML image with its alternative text inside, for another page to show."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return HTML(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">')
 
 
 def _mark_blocks(axis, layers, blocks: bool) -> None:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import pandas as pd
 import torch
 import xarray as xr
 
@@ -113,10 +114,15 @@ def provenance(**facts) -> dict[str, str]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        **{name: version for name, version in versions().items()},
+        **versions(),
         "code": code_hash(),
         **{name: str(value) for name, value in facts.items()},
     }
+
+
+def as_table(facts: dict) -> pd.DataFrame:
+    """Provenance as a table, for the end of a chapter."""
+    return pd.DataFrame({"": {name.replace("_", " "): str(value) for name, value in facts.items()}})
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -92,9 +91,7 @@ class Lab:
         model = models.build(role.architecture, recipe.seed)
         data = images.SceneSet(recipe.distinct, device=device)
         val = images.scene_images(1024, "val")
-        started = time.monotonic()
         curve = training.train(model, recipe, data, (val.pixels, val.labels), folder, device)
-        seconds = time.monotonic() - started
 
         test = images.scene_images(TEST_IMAGES)
         model = model.cpu().half().float()
@@ -112,14 +109,23 @@ class Lab:
             "accuracy_interval": [round(low, 4), round(high, 4)],
             "test_images": len(test),
             "weights": records.weights_hash(model),
-            "seconds_of_last_run": round(seconds),
+            "seconds": round(curve[-1]["seconds"]),
             "device": records.device_name(device),
             "provenance": records.provenance(),
-            "curve": [{key: round(value, 4) for key, value in point.items()} for point in curve],
+            "curve": [
+                {key: round(point[key], 4) for key in ("images", "loss", "accuracy")}
+                for point in curve
+            ],
         }
         training.write_checkpoint(model, card, Path(checkpoints) / f"{name}.safetensors")
         shutil.rmtree(folder, ignore_errors=True)
         return card
+
+    def is_trained(self, name: str, checkpoints=CHECKPOINTS) -> bool:
+        """Whether a folder holds a role's weights, trained by the recipe it has now."""
+        recipe = json.loads(json.dumps(dataclasses.asdict(self.role(name).recipe)))
+        card = Path(checkpoints) / f"{name}.json"
+        return card.exists() and json.loads(card.read_text()).get("recipe") == recipe
 
     @functools.cached_property
     def cards(self) -> dict[str, dict]:

@@ -52,7 +52,7 @@ def tapping(
     """
     names = tap_names(model, taps)
     modules = dict(model.named_modules())
-    fired: list[str] = []
+    fired: set[str] = set()
 
     def fire(name, value):
         if not isinstance(value, Tensor):
@@ -63,7 +63,7 @@ def tapping(
                 f"tap {name!r} fired twice in one forward pass: its module is used more than once; "
                 "tap the modules around it instead"
             )
-        fired.append(name)
+        fired.add(name)
         receive(name, value.detach())
 
     def forget(*_):
@@ -125,7 +125,8 @@ def tap_names(model: nn.Module, taps: str | Sequence[str] = "all") -> list[str]:
         patterns = _ready_list(modules, taps)
     else:
         patterns = [taps] if isinstance(taps, str) else list(taps)
-    names: dict[str, None] = {}
+    order = {name: place for place, name in enumerate(modules)}
+    names: set[str] = set()
     for pattern in patterns:
         suffix = INPUT if pattern.endswith(INPUT) else ""
         glob = re.escape(pattern.removesuffix(INPUT)).replace(r"\*", r"[^.]+")
@@ -135,8 +136,9 @@ def tap_names(model: nn.Module, taps: str | Sequence[str] = "all") -> list[str]:
             raise TapError(
                 f"no module of {type(model).__name__} matches {pattern!r}; its parts are {some}"
             )
-        names.update(dict.fromkeys(found))
-    return list(names)
+        names.update(found)
+    # In the order of the modules; a module's input comes before what is inside it.
+    return sorted(names, key=lambda name: (order[name.removesuffix(INPUT)], INPUT not in name))
 
 
 @contextmanager
@@ -171,50 +173,38 @@ def _hook(module, name, fire):
     return module.register_forward_pre_hook(pre_hook)
 
 
-# What to tap, per family and list, written as names relative to a block.
-_VIT = {
-    "branches": ["attn", "norm2:input", "mlp", ""],
-    "all": ["norm1", "attn", "norm2:input", "norm2", "mlp.fc2:input", ""],
-}
-_MIXER = {
-    "branches": ["mlp_tokens", "norm2:input", "mlp_channels", ""],
-    "all": ["norm1", "mlp_tokens", "norm2:input", "norm2", "mlp_channels.fc2:input", ""],
-}
-_RESNET_V1 = {
-    "branches": ["bn3", "bn2", ""],
-    "all": ["conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "downsample", ""],
-}
-_RESNET_V2 = {
-    "branches": ["conv3", "conv2", ""],
-    "all": ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3", "downsample", ""],
-}
-
-
 def _ready_list(modules: dict[str, nn.Module], kind: str) -> list[str]:
+    """The taps of a ready list, as names relative to a block, for the families that are known."""
     members = _stage_members(modules)
     if not members:
         raise TapError("this network has no stages of blocks to tap; name the taps yourself")
-    if kind == "blocks":
-        return members
 
     def has(*parts):
         return all(f"{members[-1]}.{part}" in modules for part in parts)
 
-    family, around = {kind: [""]}, []
-    if has("norm1", "attn", "norm2", "mlp.fc2"):
-        family, around = _VIT, [f"{members[0]}{INPUT}", "norm"]
-    elif has("norm1", "mlp_tokens", "norm2", "mlp_channels.fc2"):
-        family, around = _MIXER, [f"{members[0]}{INPUT}", "norm"]
-    elif has("conv1", "bn1", "conv2", "bn2"):
-        family, around = _RESNET_V1, ["conv1", "bn1", "act1", "maxpool"]
-    elif has("norm1", "conv1", "norm2", "conv2"):
-        family, around = _RESNET_V2, ["stem.conv", "stem.pool", "norm"]
+    stream = f"{members[0]}{INPUT}"
+    if has("norm1", "attn", "norm2", "mlp.fc2"):  # ViT
+        branches = ["attn", "norm2:input", "mlp"]
+        inside = ["norm1", "attn", "norm2:input", "norm2", "mlp.fc2:input"]
+        around = [stream, "norm"]
+    elif has("norm1", "mlp_tokens", "norm2", "mlp_channels.fc2"):  # Mixer
+        branches = ["mlp_tokens", "norm2:input", "mlp_channels"]
+        inside = ["norm1", "mlp_tokens", "norm2:input", "norm2", "mlp_channels.fc2:input"]
+        around = [stream, "norm"]
+    elif has("conv1", "bn1", "conv2", "bn2"):  # ResNet v1
+        branches = ["bn3" if has("bn3") else "bn2"]
+        inside = ["conv1", "bn1", "act1", "conv2", "bn2", "conv3", "bn3", "downsample"]
+        inside += ["act2"] if has("bn3") else []  # of a basic unit this is the unit's output
+        around = ["conv1", "bn1", "act1", "maxpool"]
+    elif has("norm1", "conv1", "norm2", "conv2"):  # ResNet v2
+        branches = ["conv3" if has("conv3") else "conv2"]
+        inside = ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3", "downsample"]
+        around = ["stem.conv", "stem.pool", "norm"]
+    else:
+        branches, inside, around = [], [], []
 
-    parts = list(family[kind])
-    if kind == "branches" and has("conv2"):
-        # One branch per unit: its last layer, the third of a bottleneck, the second of a basic one.
-        parts.remove(parts[1] if has(parts[0]) else parts[0])
-    wanted = [f"{member}.{part}" if part else member for member in members for part in parts]
+    parts = {"blocks": [], "branches": branches, "all": inside}[kind]
+    wanted = [f"{member}.{part}" for member in members for part in parts] + members
     if kind == "all":
         wanted += around
     return [name for name in wanted if _is_a_layer(modules, name)]

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def train(
     Returns
     -------
     list of dict
-        The curve: ``images`` seen, training ``loss``, held-out ``accuracy``.
+        The curve: ``images`` seen, training ``loss``, held-out ``accuracy``, ``seconds`` taken.
     """
     if len(data) != recipe.distinct:
         raise ValueError(f"the recipe wants {recipe.distinct} distinct images, got {len(data)}")
@@ -98,11 +99,12 @@ def train(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         start, curve, loss_sum, since = (state[k] for k in ("step", "curve", "loss_sum", "since"))
+    began = time.monotonic() - (state["seconds"] if start else 0.0)
 
     def save(step):
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
         state |= {"recipe": settings, "step": step, "curve": curve}
-        state |= {"loss_sum": loss_sum, "since": since}
+        state |= {"loss_sum": loss_sum, "since": since, "seconds": time.monotonic() - began}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
         torch.save(state, partial)
@@ -132,7 +134,14 @@ def train(
                 if (step + 1) % point == 0 or step + 1 == recipe.steps:
                     accuracy = score(model, *held_out, device=device)
                     seen = (step + 1) * recipe.batch_size
-                    curve.append({"images": seen, "loss": loss_sum / since, "accuracy": accuracy})
+                    curve.append(
+                        {
+                            "images": seen,
+                            "loss": loss_sum / since,
+                            "accuracy": accuracy,
+                            "seconds": time.monotonic() - began,
+                        }
+                    )
                     loss_sum, since = 0.0, 0
                     progress.set_postfix(accuracy=f"{accuracy:.3f}")
                 if (step + 1) % keep == 0 or step + 1 == end:

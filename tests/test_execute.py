@@ -1,0 +1,174 @@
+"""``lib.book`` runs notebooks completely or not at all."""
+
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from lib import book
+from lib.__main__ import main
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A book of two chapters; ``add`` writes another source notebook."""
+
+    def add(name, *code):
+        cells = [new_code_cell("n = 2\nstudy = 'lab'", metadata={"tags": ["parameters"]})]
+        cells += [new_markdown_cell("Some words."), *map(new_code_cell, code)]
+        for number, cell in enumerate(cells):
+            cell.id = f"cell-{number}"
+        notebook = new_notebook(cells=cells, metadata={"kernelspec": book.KERNEL})
+        path = tmp_path / "chapters" / f"{name}.ipynb"
+        nbformat.write(notebook, path)
+        return path
+
+    (tmp_path / "chapters").mkdir()
+    add("01-first", "print(n, study)\nn * 2")
+    add("02-second", "print('the second')")
+    monkeypatch.setattr(book, "CHAPTERS", tmp_path / "chapters")
+    monkeypatch.setattr(book, "BOOK_CHAPTERS", tmp_path / "published")
+    monkeypatch.setattr(book, "DRAFTS", tmp_path / "drafts")
+    workshop = type("Workshop", (), {"add": staticmethod(add), "path": tmp_path})
+
+    def execute(names=None, parameters=None):
+        return book.execute(names, parameters, tmp_path / "published", tmp_path / "chapters")
+
+    workshop.execute = staticmethod(execute)
+    return workshop
+
+
+def test_progress_bars_are_not_results(workshop):
+    workshop.add("03-third", "from tqdm.auto import tqdm\nfor _ in tqdm(range(3)): pass\nprint(1)")
+    (path,) = workshop.execute("03")
+    assert printed(path) == ["1\n"]
+
+
+def printed(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return [o.text for cell in cells for o in cell.get("outputs", []) if o.get("text")]
+
+
+def test_chapters_run_and_a_second_run_gives_the_same_bytes(workshop):
+    written = workshop.execute()
+    assert [path.name for path in written] == ["01-first.ipynb", "02-second.ipynb"]
+    assert printed(written[0]) == ["2 lab\n"]
+    before = [path.read_bytes() for path in written]
+    assert workshop.execute() == written
+    assert [path.read_bytes() for path in written] == before
+    assert sorted(path.name for path in written[0].parent.iterdir()) == [p.name for p in written]
+
+    executed, source = (
+        nbformat.read(path, as_version=4) for path in (written[0], book.CHAPTERS / "01-first.ipynb")
+    )
+    nbformat.validate(executed)
+    assert [cell.source for cell in executed.cells] == [cell.source for cell in source.cells]
+    assert [cell.id for cell in executed.cells] == [cell.id for cell in source.cells]
+    assert [cell.metadata for cell in executed.cells] == [cell.metadata for cell in source.cells]
+    assert "papermill" not in executed.metadata
+
+
+def test_parameters_are_injected_behind_their_defaults(workshop):
+    (path,) = workshop.execute("1", {"n": 5, "study": "imagenet"})
+    assert printed(path) == ["5 imagenet\n"]
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[1].id == "injected-parameters"
+    assert "remove-cell" in cells[1].metadata.tags
+
+
+def test_a_failing_chapter_changes_nothing(workshop):
+    published = workshop.path / "published"
+    published.mkdir()
+    (published / "01-first.ipynb").write_text("as it was")
+    workshop.add("03-third", "x = 1", "# why\nraise KeyError('no such role')")
+    with pytest.raises(book.ChapterError) as caught:
+        workshop.execute()
+    message = str(caught.value)
+    assert "03-third" in message
+    assert "cell 3 (# why)" in message
+    assert "KeyError: 'no such role'" in message
+    assert "\x1b" not in message
+    assert "\n" not in message
+    assert [path.name for path in published.iterdir()] == ["01-first.ipynb"]
+    assert (published / "01-first.ipynb").read_text() == "as it was"
+    assert "KeyError" in (workshop.path / "drafts" / "03-third.failed.ipynb").read_text()
+
+
+def test_a_dying_kernel_is_an_error_too(workshop):
+    workshop.add("03-third", "import os\nos._exit(1)")
+    with pytest.raises(book.ChapterError, match="03-third lost its kernel"):
+        workshop.execute("03")
+    assert not (workshop.path / "published").exists()
+
+
+def test_unknown_names_stop_before_anything_runs(workshop):
+    workshop.add("00-never", "raise SystemExit(3)")
+    with pytest.raises(ValueError, match="no chapter '7'; there are 00-never, 01-first, 02-second"):
+        workshop.execute(["00", "7"])
+    with pytest.raises(
+        ValueError, match="chapter 00-never has no parameter images, m; it has n, study"
+    ):
+        workshop.execute(None, {"images": 2, "n": 3, "m": 1})
+    assert not (workshop.path / "published").exists()
+
+
+def test_no_chapters_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are no chapters in"):
+        book.execute(source=tmp_path)
+
+
+def test_an_experiment_leaves_the_book_alone(workshop, capsys):
+    assert main(["execute", "01", "-p", "n", "7", "-p", "study", "tiny-imagenet"]) == 0
+    assert printed(workshop.path / "drafts" / "01-first.ipynb") == ["7 tiny-imagenet\n"]
+    assert not (workshop.path / "published").exists()
+    assert "--publish" in capsys.readouterr().out
+
+
+def test_the_command_line_lists_and_explains(workshop, capsys):
+    assert main(["execute", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "01-first",
+        "    n = 2",
+        "    study = 'lab'",
+    ]
+    assert main(["execute", "99"]) == 2
+    error = capsys.readouterr().err
+    assert error == "there is no chapter '99'; there are 01-first, 02-second\n"
+    with pytest.raises(ValueError, match="no chapter '99'"):
+        main(["--traceback", "execute", "99"])
+
+
+def test_an_interrupt_is_one_line(workshop, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(book, "execute", interrupt)
+    assert main(["execute"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_help_imports_no_command(capsys):
+    start = time.perf_counter()
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert time.perf_counter() - start < 1
+    text = capsys.readouterr().out
+    for command in ("execute", "measure", "studies", "train"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("64", 64),
+        ("0.5", 0.5),
+        ("True", True),
+        ("lab", "lab"),
+        ("['vit']", ["vit"]),
+        ("a b", "a b"),
+    ],
+)
+def test_values_are_read_as_python_where_they_are(text, value):
+    assert book._value(text) == value
