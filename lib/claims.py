@@ -168,8 +168,10 @@ def table(judgements: list[Judgement]) -> HTML:
 
     rows = [
         {
-            "claim": f"<b>{j.claim.key}</b> {j.claim.sentence} <i>({j.claim.source})</i>",
-            "holds if": f"{j.claim.meaning} {side(j.claim)}",
+            "claim": (
+                f"<b>{j.claim.key}</b> {j.claim.sentence} ({j.claim.source})"
+                f"<br><small>Holds if: {j.claim.meaning} {side(j.claim)}</small>"
+            ),
             "measured [95 %]": str(j.trained),
             "other seed": str(j.other_seed or "–"),
             "untrained": str(j.untrained or "–"),

@@ -8,6 +8,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from lib import records
+from lib.images import Images
 from lib.taps import tap_names, tapping
 
 
@@ -30,7 +31,9 @@ def measure(
         Which networks; all see the same images in the same order.
     measurements : sequence of measurement
         Metrics with ``taps``, ``reduce(value)`` and ``update(reduced=..., batch=...)``, such as
-        :class:`lib.cka.MinibatchCKA`. What their hooks keep lives as long as one minibatch.
+        :class:`lib.cka.MinibatchCKA`. What their hooks keep lives as long as one minibatch. If a
+        measurement also needs the images, its ``reduce_images(images)`` is given the minibatch as
+        :class:`lib.images.Images`, and what that returns is ``reduced["images"]``.
     n_images, batch_size : int
         A last minibatch may be smaller.
     seed : int
@@ -77,7 +80,8 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
     with torch.no_grad(), tqdm(total=total, unit="pass", leave=False) as progress:
         for batch, pixels in enumerate(images.batches(batch_size)):
             pixels = pixels.to(device)
-            reduced = [{} for _ in measurements]
+            here = slice(batch * batch_size, batch * batch_size + len(pixels))
+            reduced = [_reduce_images(measurement, images, here) for measurement in measurements]
             for role, model in networks.items():
                 progress.set_description(role)
                 receive = functools.partial(_reduce, measurements, wanted[role], reduced, role)
@@ -93,6 +97,14 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
         record = _label(record, networks)
     record.attrs = records.provenance(device=records.device_name(device), **facts)
     return record
+
+
+def _reduce_images(measurement, images, here):
+    """What a measurement keeps of a minibatch's images, if it wants any of it."""
+    if not hasattr(measurement, "reduce_images"):
+        return {}
+    part = Images(images.pixels[here], images.labels[here], images.boxes[here])
+    return {"images": measurement.reduce_images(part)}
 
 
 def _reduce(measurements, wanted, reduced, role, name, value):

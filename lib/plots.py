@@ -30,8 +30,8 @@ def use_style() -> None:
         style="ticks",
         palette=PALETTE,
         rc={
-            "figure.dpi": 100,
-            "savefig.dpi": 100,
+            "figure.dpi": 90,
+            "savefig.dpi": 90,
             "figure.constrained_layout.use": True,
             "axes.spines.top": False,
             "axes.spines.right": False,

@@ -173,16 +173,14 @@ def accuracy_interval(right: int, n: int) -> tuple[float, float]:
 
 
 def write_checkpoint(model: nn.Module, card: dict, path: Path) -> None:
-    """Write weights in 16 bits and, beside them, their model card (JSON)."""
+    """Write weights in 16 bits and then, beside them, their model card (JSON)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}
-    for target, write in (
-        (path.with_suffix(".json"), lambda to: to.write_text(json.dumps(card, indent=1) + "\n")),
-        (path, lambda to: save_file(weights, to)),
-    ):
-        partial = target.with_name(target.name + ".part")
-        write(partial)
-        os.replace(partial, target)
+    partial = path.with_name(path.name + ".part")
+    save_file(weights, partial)
+    os.replace(partial, path)
+    partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path.with_suffix(".json"))
 
 
 def read_checkpoint(model: nn.Module, path: Path) -> nn.Module:
