@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 ESTIMATORS = ("unbiased", "biased")
+PIECE = {True: 2**18, False: 2**26}  # numbers centred at a time, on a CPU and on a GPU
 SMALLEST_BATCH = 4  # the unbiased HSIC divides by n (n - 3)
 
 
@@ -51,25 +52,23 @@ def centred_gram(x: Tensor, estimator: str = "unbiased") -> Tensor:
 
     Inner products of two such matrices are HSIC up to a factor that depends on n alone:
     n (n - 3) for the unbiased estimator, (n - 1)^2 for the biased one. A layer that does not vary
-    over the images gives NaN, for no CKA with it is defined.
+    over the images gives zeros.
     """
     x = x.flatten(1) if x.dim() > 1 else x[:, None]
     if not x.is_floating_point():
         x = x.double()
-    resolution = torch.finfo(x.dtype).eps
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    gram = x @ x.T
-    energy = gram.diagonal().sum()
-    if not gram.sum() / len(x) < 0.8 * energy:
-        # Most of the energy is the images' common mean, which HSIC ignores but which would drown
-        # the differences in rounding errors: take it out before the product. (Also met by NaN.)
-        # Subtracting one image first is exact, so that a constant layer becomes exactly zero.
-        x = x - x[:1]
-        x = x - x.mean(0)
-        gram = x @ x.T
-    if gram.diagonal().sum() <= resolution**2 * energy:
-        gram = torch.full_like(gram, torch.nan)
+    n, precision = len(x), torch.promote_types(x.dtype, torch.float32)
+    gram = torch.zeros(n, n, dtype=precision, device=x.device)
+    # HSIC ignores what all images share, but large it would drown their differences in rounding
+    # errors: subtract one image from all (exact, so that a constant layer becomes zero). Piece by
+    # piece this stays in the processor's cache and costs a tenth of doing it at once.
+    for piece in x.split(max(1, PIECE[x.device.type == "cpu"] // n), dim=1):
+        piece = piece.to(precision)
+        piece = piece - piece[:1]
+        gram.addmm_(piece, piece.T)
+    first = x[0].to(precision)
+    if gram.diagonal().sum() <= torch.finfo(x.dtype).eps ** 2 * n * (first @ first):
+        gram.zero_()
     return centre(gram, estimator)
 
 
@@ -114,7 +113,7 @@ class MinibatchCKA(Metric):
     >>> metric.compute()["cka"].sel(tap="a", other="b")              # doctest: +SKIP
     """
 
-    full_state_update = False
+    full_state_update = True  # forward() would deal every minibatch to the first group
     is_differentiable = False
 
     def __init__(self, taps="all", estimator: str = "unbiased", groups: int = 20):
@@ -141,8 +140,6 @@ class MinibatchCKA(Metric):
 
     def reduce(self, value: Tensor) -> Tensor:
         """What a hook keeps of an activation: its centred Gram matrix."""
-        if len(value) < SMALLEST_BATCH:
-            return value.new_full((len(value), len(value)), torch.nan)
         return centred_gram(value, self.estimator)
 
     def update(
@@ -164,10 +161,6 @@ class MinibatchCKA(Metric):
         if len(set(sizes.values())) != 1:
             raise ValueError(f"all taps must see the same images; got batches of {sizes}")
         n = next(iter(sizes.values()))
-        if n < SMALLEST_BATCH:
-            warnings.warn(_too_small(n) + "; it is left out", stacklevel=2)
-            self.skipped += 1
-            return
         if not self.names:
             self.names = list(reduced)
             home = next(iter(reduced.values())).device
@@ -177,12 +170,13 @@ class MinibatchCKA(Metric):
         if set(reduced) != set(self.names):
             odd = sorted(set(reduced) ^ set(self.names))
             raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
-
+        if n < SMALLEST_BATCH:
+            warnings.warn(_too_small(n) + "; it is left out", stacklevel=2)
+            self.skipped += 1
+            return
         flat = torch.stack([reduced[name].flatten() for name in self.names])
         hsic = flat @ flat.T / (n * (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2)
-        group = (int((self.seen > 0).sum()) if batch is None else batch) % self.groups
-        if batch is None and bool((self.seen > 0).all()):
-            group = int(self.seen.argmin())
+        group = int(self.seen.argmin()) if batch is None else batch % self.groups
         self.hsic[group] += n * hsic
         self.seen[group] += n
 
@@ -195,7 +189,7 @@ class MinibatchCKA(Metric):
             ``cka``, ``low``, ``high`` (tap, other): estimate and 95 % interval (jackknife over
             groups of minibatches); ``hsic`` (group, tap, other): the groups' summed HSICs.
         """
-        if not self.names:
+        if not self.seen.any():
             why = "all were smaller than 4 images" if self.skipped else "none was added"
             raise ValueError(f"CKA needs at least one minibatch, and {why}")
         hsic = self.hsic[self.seen > 0].cpu().numpy()

@@ -62,8 +62,16 @@ def measure(
         "weights": {role: records.weights_hash(model) for role, model in networks.items()},
         "measurements": [_describe(measurement) for measurement in measurements],
     }
+    # Equal weights do not make equal networks, nor equal pixels equal inputs.
+    depends_on = facts | {
+        "structure": {role: str(model) for role, model in networks.items()},
+        "inputs": {
+            role: records.tensor_hash(study.to_input(images.pixels[:1], role)) for role in roles
+        },
+    }
     return records.cached(
-        facts, lambda: _measure(study, networks, measurements, images, batch_size, device, facts)
+        depends_on,
+        lambda: _measure(study, networks, measurements, images, batch_size, device, facts),
     )
 
 

@@ -78,7 +78,7 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.4 * columns + 0.7, 2.55 * rows), squeeze=False
+        rows, columns, figsize=(2.25 * columns + 0.7, 2.4 * rows), squeeze=False
     )
     for axis, (up, right) in zip(axes.flat, pairs, strict=False):
         values = between(record, up, right, blocks=blocks)

@@ -125,6 +125,8 @@ def tap_names(model: nn.Module, taps: str | Sequence[str] = "all") -> list[str]:
         patterns = _ready_list(modules, taps)
     else:
         patterns = [taps] if isinstance(taps, str) else list(taps)
+    if not patterns:
+        raise TapError("no tap is named")
     order = {name: place for place, name in enumerate(modules)}
     names: set[str] = set()
     for pattern in patterns:
@@ -183,8 +185,14 @@ def _ready_list(modules: dict[str, nn.Module], kind: str) -> list[str]:
         return all(f"{members[-1]}.{part}" in modules for part in parts)
 
     stream = f"{members[0]}{INPUT}"
-    if has("norm1", "attn", "norm2", "mlp.fc2"):  # ViT
-        branches = ["attn", "norm2:input", "mlp"]
+
+    def added(branch, scale):
+        """A branch ends in its LayerScale, if it has one."""
+        return scale if _is_a_layer(modules, f"{members[-1]}.{scale}") else branch
+
+    # (Windowed and post-norm transformers have other branches, and no place for a LayerScale.)
+    if has("norm1", "attn", "ls1", "norm2", "mlp.fc2", "ls2"):  # ViT
+        branches = [added("attn", "ls1"), "norm2:input", added("mlp", "ls2")]
         inside = ["norm1", "attn", "norm2:input", "norm2", "mlp.fc2:input"]
         around = [stream, "norm"]
     elif has("norm1", "mlp_tokens", "norm2", "mlp_channels.fc2"):  # Mixer
@@ -226,7 +234,7 @@ def _stage_members(modules: dict[str, nn.Module]) -> list[str]:
             if isinstance(module, nn.Sequential | nn.ModuleList):
                 if _holds_blocks(child):
                     visit(inner, child)
-                elif any(True for _ in child.children()) and any(True for _ in child.parameters()):
+                elif any(list(part.parameters()) for part in child.children()):
                     members.append(inner)
             elif _holds_blocks(child):
                 visit(inner, child)
