@@ -223,7 +223,7 @@ def measure(run, models, names, images, truth, repeats):
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "cpu_seconds": round(statistics.median(seconds), 2),
-        "extra_mib": round(statistics.median(extras)),
+        "extra_mib": max(0, round(statistics.median(extras))),
         "max_error": float(np.nanmax(error)),
         "wrong_percent": round(100 * float((~(error < 1e-3)).mean()), 1),
         "undefined": int(np.isnan(values).sum()),

@@ -107,9 +107,12 @@ def decide(
     inconclusive. ``why`` says what to make of it, above all if untrained networks do the same.
     """
     verdict, why = claim.holds(trained), ""
-    if verdict == INCONCLUSIVE:
+    if verdict == UNMEASURABLE:
+        undefined = np.isnan(trained.value)
+        why = "the statistic is undefined" if undefined else "too few minibatches for an interval"
+    elif verdict == INCONCLUSIVE:
         why = "the interval contains the threshold"
-    elif verdict != UNMEASURABLE and other_seed and claim.holds(other_seed) != verdict:
+    elif other_seed and claim.holds(other_seed) != verdict:
         verdict, why = INCONCLUSIVE, "another seed does not repeat it"
     elif verdict == SUPPORTED and untrained and claim.holds(untrained) == SUPPORTED:
         why = "already true before training"
@@ -122,11 +125,15 @@ def judge(claim: Claim, record: xr.Dataset) -> Judgement:
     if missing := [role for role in claim.roles if role not in known]:
         raise ValueError(f"claim {claim.key!r} needs the role {missing[0]!r}, not in this record")
 
-    def twin(suffix):
+    def twin(suffix, enough):
         cast = {role: role + suffix for role in claim.roles if role + suffix in known}
-        return estimate(claim, record, cast) if cast else None
+        return (
+            estimate(claim, record, cast) if enough(role in cast for role in claim.roles) else None
+        )
 
-    return decide(claim, estimate(claim, record), twin("_other_seed"), twin("_untrained"))
+    # One network from another seed makes another pair; one untrained network no untrained pair.
+    other_seed, untrained = twin("_other_seed", any), twin("_untrained", all)
+    return decide(claim, estimate(claim, record), other_seed, untrained)
 
 
 def estimate(claim: Claim, record: xr.Dataset, cast: dict[str, str] | None = None) -> Estimate:

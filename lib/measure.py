@@ -64,6 +64,7 @@ def measure(
     }
     # Equal weights do not make equal networks, nor equal pixels equal inputs.
     depends_on = facts | {
+        "roles": roles,
         "structure": {role: str(model) for role, model in networks.items()},
         "inputs": {
             role: records.tensor_hash(study.to_input(images.pixels[:1], role)) for role in roles
@@ -84,6 +85,7 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
         role: [tap_names(model, measurement.taps) for measurement in measurements]
         for role, model in networks.items()
     }
+    fired: dict[str, None] = {}  # an ordered set
     total = -(-len(images) // batch_size) * len(networks)
     with torch.no_grad(), tqdm(total=total, unit="pass", leave=False) as progress:
         for batch, pixels in enumerate(images.batches(batch_size)):
@@ -92,7 +94,9 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
             reduced = [_reduce_images(measurement, images, here) for measurement in measurements]
             for role, model in networks.items():
                 progress.set_description(role)
-                receive = functools.partial(_reduce, measurements, wanted[role], reduced, role)
+                receive = functools.partial(
+                    _reduce, measurements, wanted[role], reduced, fired, role
+                )
                 every = dict.fromkeys(name for names in wanted[role] for name in names)
                 with tapping(model, list(every), receive):
                     model(study.to_input(pixels, role))
@@ -100,8 +104,11 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
             for measurement, kept in zip(measurements, reduced, strict=True):
                 measurement.update(reduced=kept, batch=batch)
 
-    record = xr.merge([measurement.compute() for measurement in measurements])
+    record = xr.merge([measurement.compute() for measurement in measurements], join="outer")
     if "tap" in record.coords:
+        for axis in {"tap", "other"} & set(record.dims):
+            known = set(record[axis].values.tolist())
+            record = record.sel({axis: [tap for tap in fired if tap in known]})
         record = _label(record, networks)
     record.attrs = records.provenance(device=records.device_name(device), **facts)
     return record
@@ -115,8 +122,9 @@ def _reduce_images(measurement, images, here):
     return {"images": measurement.reduce_images(part)}
 
 
-def _reduce(measurements, wanted, reduced, role, name, value):
+def _reduce(measurements, wanted, reduced, fired, role, name, value):
     """Let every measurement that wants a tap keep what it needs of its value."""
+    fired[f"{role}/{name}"] = None
     for measurement, names, kept in zip(measurements, wanted, reduced, strict=True):
         if name in names:
             kept[f"{role}/{name}"] = measurement.reduce(value)

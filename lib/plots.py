@@ -82,18 +82,15 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
     )
     for axis, (up, right) in zip(axes.flat, pairs, strict=False):
         values = between(record, up, right, blocks=blocks)
-        sns.heatmap(
-            values.values,
-            ax=axis,
+        axis.imshow(
+            values,
             vmin=0,
             vmax=1,
             cmap=CKA_COLOURS,
-            cbar=False,
-            xticklabels=False,
-            yticklabels=False,
-            rasterized=True,
+            origin="lower",
+            aspect="auto",
+            interpolation="nearest",
         )
-        axis.invert_yaxis()
         axis.set_facecolor("0.8")  # undefined cells
         axis.set(xlabel=name(right), ylabel=name(up))
         _mark_blocks(axis.xaxis, values["other"].values, blocks)
@@ -120,7 +117,7 @@ def _mark_blocks(axis, layers, blocks: bool) -> None:
     if len(outputs) < 2:
         return
     chosen = [outputs[i] for i in np.linspace(0, len(outputs) - 1, 4).round().astype(int)]
-    axis.set_ticks([place + 0.5 for place, _ in chosen])
+    axis.set_ticks([place for place, _ in chosen])
     axis.set_ticklabels([_short(layer) for _, layer in chosen], rotation=0, size="small")
     axis.set_tick_params(length=2, pad=1)
 

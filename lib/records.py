@@ -50,9 +50,8 @@ def cached(depends_on: dict, compute) -> xr.Dataset:
             return load(path)
         except (OSError, ValueError):
             path.unlink()  # half a file, from a full disk or another version: measure again
-    record = compute()
-    save(record, path)
-    return record
+    save(compute(), path)
+    return load(path)  # what was written, so that the first run prints what every later one does
 
 
 def save(record: xr.Dataset, path) -> None:

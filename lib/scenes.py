@@ -20,6 +20,8 @@ SPLITS = ("train", "val", "test")
 # Scenes are drawn in chunks that share one random stream: any scene can be made again by drawing
 # its chunk, and the drawing is vectorised.
 CHUNK = 128
+# A generator is seeded with 32 bits: split and seed take 12 of them, the chunk 20.
+CHUNKS = 2**20
 
 
 class Scenes(NamedTuple):
@@ -54,6 +56,10 @@ def draw(indices, split: str = "train", seed: int = 0) -> Scenes:
     indices = torch.as_tensor(indices, dtype=torch.long)
     if indices.numel() and indices.min() < 0:
         raise ValueError(f"scenes are numbered from 0; got index {int(indices.min())}")
+    if indices.numel() and indices.max() >= CHUNKS * CHUNK:
+        raise ValueError(f"scenes are numbered up to {CHUNKS * CHUNK - 1:,}")
+    if not 0 <= seed < 2**12 // len(SPLITS):
+        raise ValueError(f"seeds of scenes go from 0 to {2**12 // len(SPLITS) - 1}; got {seed}")
     chunks, position = torch.unique(indices // CHUNK, return_inverse=True)
     drawn = [_draw_chunk(int(chunk), split, seed) for chunk in chunks]
     rows = position * CHUNK + indices % CHUNK
@@ -68,7 +74,7 @@ def to_input(images: Tensor) -> Tensor:
 def _draw_chunk(chunk: int, split: str, seed: int) -> Scenes:
     n = CHUNK
     stream = torch.Generator().manual_seed(
-        (seed * len(SPLITS) + SPLITS.index(split)) * 2**32 + chunk
+        (seed * len(SPLITS) + SPLITS.index(split)) * CHUNKS + chunk
     )
 
     def uniform(*shape, low=0.0, high=1.0):

@@ -88,7 +88,8 @@ def run_pytest(folder, *arguments):
 
 def test_an_unmodified_copy_passes(tmp_path):
     folder = copy(tmp_path)
-    run = run_pytest(folder, "tests", "-k", "not two_processes and not intervals_cover")
+    slow = ("two_processes", "intervals_cover", "float32_agrees", "whatever_changes", "half_a_file")
+    run = run_pytest(folder, "tests", "-k", " and ".join(f"not {name}" for name in slow))
     assert run.returncode == 0, run.stdout
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 50
 
@@ -118,7 +119,6 @@ def test_the_book_notices_too(tmp_path):
         *("--rootdir", folder, chapter),
     )
     assert run.returncode == 1, run.stdout
-    failed = re.search(r"^FAILED (.*)$", run.stdout, re.MULTILINE)
-    assert failed, run.stdout
     # The cell that compares CKA by hand with that of the library is the first to know.
+    assert "AssertionError" in run.stdout
     assert "by_hand" in run.stdout

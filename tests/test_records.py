@@ -163,6 +163,8 @@ def test_a_hash_depends_on_values_shape_type_and_order():
     hashes = [tensor_hash(value) for value in (x, *others)]
     assert all(re.fullmatch(r"[0-9a-f]{12}", value) for value in hashes)
     assert len(set(hashes)) == len(hashes)
+    zeros = torch.zeros(2)  # the same bytes as two integers
+    assert tensor_hash(zeros) != tensor_hash(zeros.int())
     assert tensor_hash(x, changed) != tensor_hash(changed, x)
     assert tensor_hash(x, x) != tensor_hash(torch.cat([x, x])) != tensor_hash(x)
 
