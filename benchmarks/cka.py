@@ -21,6 +21,7 @@ import io
 import json
 import platform
 import statistics
+import sys
 import threading
 import time
 import warnings
@@ -68,6 +69,7 @@ def main():
             continue
         print(f"{name} …", flush=True)
         rows.append({"name": name, **measure(run, models, names, images, truth, options.repeats)})
+        print(rows[-1], flush=True)
     print(table(rows))
     if options.out:
         result = {
@@ -185,6 +187,9 @@ def peers(models, names, images, options):
         "pytorch-cka": ("cka", pytorch_cka),
         "ckatorch": ("ckatorch", None),
     }
+    # A peer's package is called as this file is: look for it elsewhere than beside this file.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != here]
     found = {}
     for name, (module, run) in known.items():
         if options.only is not None and name not in options.only:

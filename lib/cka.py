@@ -61,7 +61,7 @@ def centred_gram(x: Tensor, estimator: str = "unbiased") -> Tensor:
     gram = torch.zeros(n, n, dtype=precision, device=x.device)
     # HSIC ignores what all images share, but large it would drown their differences in rounding
     # errors: subtract one image from all (exact, so that a constant layer becomes zero). Piece by
-    # piece this stays in the processor's cache and costs a tenth of doing it at once.
+    # piece this stays in the processor's cache and costs a quarter of doing it at once.
     for piece in x.split(max(1, PIECE[x.device.type == "cpu"] // n), dim=1):
         piece = piece.to(precision)
         piece = piece - piece[:1]

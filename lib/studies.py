@@ -124,8 +124,11 @@ class Lab:
     def is_trained(self, name: str, checkpoints=CHECKPOINTS) -> bool:
         """Whether a folder holds a role's weights, trained by the recipe it has now."""
         recipe = json.loads(json.dumps(dataclasses.asdict(self.role(name).recipe)))
-        card = Path(checkpoints) / f"{name}.json"
-        return card.exists() and json.loads(card.read_text()).get("recipe") == recipe
+        weights = Path(checkpoints) / f"{name}.safetensors"
+        card = weights.with_suffix(".json")
+        if not (weights.exists() and card.exists()):
+            return False
+        return json.loads(card.read_text()).get("recipe") == recipe
 
     @functools.cached_property
     def cards(self) -> dict[str, dict]:
