@@ -1,0 +1,384 @@
+"""Does a token still know where it came from? CKA between every token and every patch.
+
+A token that mostly describes its own patch has Gram matrices like those of the patch's pixels, and
+unlike those of other patches. All tokens of a layer are compared with all patches of the image at
+once: one small Gram matrix per token and per patch, one matrix product per minibatch.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from scipy import stats
+from torch import Tensor
+from torchmetrics import Metric
+
+from lib.cka import SMALLEST_BATCH
+
+MOST_OTHERS = 8  # class and register tokens in front of the patch tokens
+REPEATS = 200  # of the jackknife
+
+
+def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Separate the tokens that have a place in the image from those that have none.
+
+    Parameters
+    ----------
+    value : Tensor (n, tokens, width) or (n, channels, h, w)
+        A feature map's tokens are its locations. Of a sequence, the patch tokens are the last ones,
+        as many as make the largest square; what stands before them is a class token or registers.
+
+    Returns
+    -------
+    cells : Tensor (n, side * side, width)
+        Row by row from the image's upper left corner.
+    others : Tensor (n, k, width)
+        k is 0 for a feature map and for a network without a class token.
+    """
+    shape = tuple(value.shape)
+    if value.dim() == 3:
+        side = math.isqrt(shape[1])
+        first = shape[1] - side * side
+        if first > MOST_OTHERS:
+            raise ValueError(
+                f"{shape[1]} tokens are no square grid: {side} x {side} would leave {first} over, "
+                f"and there are seldom more than {MOST_OTHERS} class and register tokens"
+            )
+        return value[:, first:], value[:, :first]
+    if value.dim() == 4 and shape[2] == shape[3]:
+        return value.flatten(2).mT, value.new_empty(shape[0], 0, shape[1])
+    if value.dim() == 4:
+        raise ValueError(f"a feature map must be (n, channels, h, w) with h = w; got {shape}")
+    raise ValueError(
+        f"a tensor of shape {shape} has no places in the image: tap tokens (n, tokens, width) or "
+        "feature maps (n, channels, h, w)"
+    )
+
+
+def coarsen(cells: Tensor, grid: int | None) -> Tensor:
+    """Average cells (n, side * side, width) over squares, down to (n, grid * grid, width)."""
+    side = math.isqrt(cells.shape[1])
+    if grid in (None, side):
+        return cells
+    if grid < 1 or side % grid:
+        raise ValueError(f"cannot average a {side} x {side} grid down to {grid} x {grid}")
+    return F.avg_pool2d(cells.mT.unflatten(2, (side, side)), side // grid).flatten(2).mT
+
+
+def patches(pixels: Tensor, grid: int) -> Tensor:
+    """Cut images (n, 3, h, h) into patches (n, grid * grid, 3 * size * size), row by row."""
+    height, width = pixels.shape[-2:]
+    if height != width or height % grid:
+        raise ValueError(f"a {height} x {width} image cannot be cut into {grid} x {grid} patches")
+    return F.pixel_unshuffle(pixels.float(), height // grid).flatten(2).mT
+
+
+def token_grams(cells: Tensor) -> Tensor:
+    """Centred Gram matrices (tokens, n, n), in float64, of each token of (n, tokens, width).
+
+    What :func:`lib.cka.centred_gram` does for one layer, for all tokens at once. A token that does
+    not vary over the images gives NaN.
+    """
+    x = cells.transpose(0, 1).contiguous()
+    if not x.is_floating_point():
+        x = x.double()
+    resolution = torch.finfo(x.dtype).eps
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    n, energy = x.shape[1], x.square().sum((1, 2))
+    x = x - x[:, :1]
+    x = x - x.mean(1, keepdim=True)
+    gram = x @ x.mT
+    constant = gram.diagonal(dim1=1, dim2=2).sum(1) <= resolution**2 * energy
+    gram = gram.to("cpu" if gram.device.type == "mps" else gram.device, torch.float64, copy=True)
+    gram[constant.to(gram.device)] = torch.nan
+    gram.diagonal(dim1=1, dim2=2).zero_()
+    rows = gram.sum(2, keepdim=True)
+    rows = rows / (n - 2) - rows.sum(1, keepdim=True) / (2 * (n - 1) * (n - 2))
+    gram -= rows
+    gram -= rows.mT
+    gram.diagonal(dim1=1, dim2=2).zero_()
+    return gram
+
+
+class Localisation(Metric):
+    """CKA between every token of the tapped layers and every patch of the input image.
+
+    Parameters
+    ----------
+    taps : str or list of str
+        What :func:`lib.measure.measure` taps; each must make tokens or feature maps.
+    grid : int, optional
+        Finer grids are averaged down to ``grid`` x ``grid`` tokens. Needed if the taps' grids
+        differ, as those of a ResNet's stages do. The image is cut into as many patches.
+    groups : int
+        Minibatches are dealt to this many groups, which are kept apart for intervals.
+
+    Of every tap, a hook keeps one Gram matrix per token, in float32, as long as the minibatch
+    lasts: 1 MB for 64 tokens and 64 images. What is kept from then on are tokens x patches numbers
+    per tap and group: 0.7 MB per tap for 64 tokens and 20 groups, however many images there are.
+
+    The control comes along: the same, with every image's tokens set against another image's
+    patches, must be zero.
+
+    Examples
+    --------
+    >>> metric = Localisation()
+    >>> for pixels in loader:                                        # doctest: +SKIP
+    ...     metric.update({"last": model.blocks(pixels)}, pixels=pixels)
+    >>> hit(metric.compute()["localisation"])                        # doctest: +SKIP
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, taps="blocks", grid: int | None = None, groups: int = 20):
+        super().__init__()
+        if groups < 2:
+            raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
+        self.taps = taps
+        self.grid = grid
+        self.groups = groups
+        self.names: list[str] = []
+        self.patch_size = 0
+        self.add_state("seen", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
+
+    @property
+    def settings(self) -> dict:
+        """What a record of this measurement depends on."""
+        return {"taps": self.taps, "grid": self.grid, "groups": self.groups}
+
+    def reset(self) -> None:
+        """Forget all minibatches, and which taps they had."""
+        super().reset()
+        self.names, self.patch_size = [], 0
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """What a hook keeps of an activation: a centred Gram matrix per token (tokens, n, n)."""
+        cells = coarsen(split_tokens(value)[0], self.grid)
+        n = len(cells)
+        if n < SMALLEST_BATCH:
+            return cells.new_full((cells.shape[1], n, n), torch.nan)
+        return token_grams(cells).float()
+
+    def reduce_images(self, images) -> Tensor:
+        """What is kept of a minibatch's images, as long as it lasts: their pixels."""
+        return images.pixels
+
+    def update(
+        self,
+        activations: Mapping[str, Tensor] | None = None,
+        *,
+        pixels: Tensor | None = None,
+        reduced: Mapping[str, Tensor] | None = None,
+        batch: int | None = None,
+    ) -> None:
+        """Add one minibatch: activations by name and the pixels they belong to.
+
+        Or ``reduced``, what :meth:`reduce` made of the activations, with the pixels under
+        ``"images"``. ``batch`` is the minibatch's number, which decides its group; by default they
+        are counted.
+        """
+        if reduced is None:
+            if activations is None or pixels is None:
+                raise ValueError("give update() activations and the pixels they belong to")
+            reduced = {name: self.reduce(torch.as_tensor(x)) for name, x in activations.items()}
+        else:
+            reduced = dict(reduced)
+            pixels = reduced.pop("images")
+        sizes = {name: gram.shape[-1] for name, gram in reduced.items()} | {"pixels": len(pixels)}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"tokens and pixels must be of the same images; got {sizes}")
+        n = len(pixels)
+        if n < SMALLEST_BATCH:
+            warnings.warn(f"a minibatch of {n} images is too small; it is left out", stacklevel=2)
+            return
+        grids = {name: math.isqrt(len(gram)) for name, gram in reduced.items()}
+        if len(set(grids.values())) != 1:
+            coarsest = min(grids.values())
+            raise ValueError(
+                f"the taps' grids differ ({_few(grids)}); average the finer ones with "
+                f"grid={coarsest}"
+            )
+        grid = next(iter(grids.values()))
+        seen = token_grams(patches(pixels, grid)).float()
+        if not self.names:
+            self.names, self.patch_size = list(reduced), pixels.shape[-1] // grid
+            self._make_room(grid * grid, next(iter(reduced.values())).device)
+        if set(reduced) != set(self.names):
+            odd = sorted(set(reduced) ^ set(self.names))
+            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
+
+        if batch is None:  # an empty group, or the one with the fewest images
+            batch = int(self.seen.argmin())
+        group = batch % self.groups
+        weight = 1 / (n - 3)  # HSIC divides by n (n - 3); minibatches weigh by their images, n
+        patch = seen.flatten(1).to(self.patch_hsic.device)
+        # The same patches, each image's in the place of its predecessor's.
+        other = seen.roll((1, 1), (1, 2)).flatten(1).to(patch.device)
+        self.patch_hsic[group] += weight * (patch @ patch.T)
+        for place, name in enumerate(self.names):
+            token = reduced[name].flatten(1).to(patch.device)
+            self.token_hsic[group, place] += weight * token.square().sum(1)
+            self.cross_hsic[group, place] += weight * (token @ patch.T)
+            self.shuffled_hsic[place] += weight * (token @ other.T)
+        self.seen[group] += n
+
+    def _make_room(self, tokens: int, device) -> None:
+        shapes = {
+            "cross_hsic": (self.groups, len(self.names), tokens, tokens),
+            "token_hsic": (self.groups, len(self.names), tokens),
+            "patch_hsic": (self.groups, tokens, tokens),
+            "shuffled_hsic": (len(self.names), tokens, tokens),
+        }
+        for name, shape in shapes.items():
+            empty = torch.zeros(shape, dtype=torch.float64, device=device)
+            self.add_state(name, empty, dist_reduce_fx="sum")
+
+    def compute(self) -> xr.Dataset:
+        """The maps and what their intervals are made of.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``localisation`` (tap, token, patch): CKA; NaN where a token or a patch is the same in
+            all images. ``shuffled`` (tap, token, patch): the control, with the patches of other
+            images. ``pixels`` (token, patch): the patches' pixels in the place of the tokens.
+            ``cross_hsic``, ``token_hsic``, ``patch_hsic``: sums per group of minibatches.
+            ``patch_size``: in pixels of the images.
+        """
+        if not self.names:
+            raise ValueError(
+                f"localisation needs at least one minibatch of {SMALLEST_BATCH} images"
+            )
+        used = self.seen > 0
+        cross, token, patch = (
+            state[used].cpu().double().numpy()
+            for state in (self.cross_hsic, self.token_hsic, self.patch_hsic)
+        )
+        own = np.diagonal(patch, axis1=1, axis2=2).sum(0)
+        shuffled = self.shuffled_hsic.cpu().double().numpy()
+        square, maps = ("token", "patch"), ("tap", "token", "patch")
+        return xr.Dataset(
+            {
+                "localisation": (maps, _alignment(cross.sum(0), token.sum(0), own)),
+                "shuffled": (maps, _alignment(shuffled, token.sum(0), own)),
+                "pixels": (square, _alignment(patch.sum(0), own, own)),
+                "cross_hsic": (("group", *maps), cross),
+                "token_hsic": (("group", "tap", "token"), token),
+                "patch_hsic": (("group", *square), patch),
+                "patch_size": ((), self.patch_size),
+            },
+            coords={"tap": self.names},
+        )
+
+
+# Scores of maps -----------------------------------------------------------------------------------
+
+
+def hit(maps, interior: bool = False) -> np.ndarray:
+    """Share of tokens that are most like their own patch (hit@1); by chance 1 / patches.
+
+    ``maps`` is (..., tokens, patches). With ``interior``, tokens at the image's border are left
+    out. A token whose own patch never varies does not count.
+    """
+    maps = np.asarray(maps, dtype=float)
+    own = np.diagonal(maps, axis1=-2, axis2=-1)
+    best = np.where(np.isnan(maps), -np.inf, maps).argmax(-1)
+    hits = np.where(np.isnan(own), np.nan, best == np.arange(maps.shape[-1]))
+    return np.nanmean(hits[..., interior_cells(maps.shape[-1])] if interior else hits, axis=-1)
+
+
+def contrast(maps) -> np.ndarray:
+    """Mean CKA of tokens (..., tokens, patches) with their own patch minus that with all others."""
+    maps = np.asarray(maps, dtype=float)
+    own = np.eye(maps.shape[-1], dtype=bool)
+    return np.nanmean(maps[..., own], axis=-1) - np.nanmean(maps[..., ~own], axis=-1)
+
+
+def expected_distance(maps, patch_size: float = 1.0) -> np.ndarray:
+    """How far from its token a map's mass lies on average, in pixels.
+
+    A map (..., tokens, patches) is taken as weights over the patches; a mass cannot be negative, so
+    cells below 0 count as 0 here, and only here. The price is that the noise of few images adds
+    mass everywhere and no interval over images shows it: compare maps of equally many images, and
+    with :func:`uniform_distance`.
+    """
+    mass = np.nan_to_num(np.asarray(maps, dtype=float)).clip(min=0)
+    distance = patch_size * _distances(mass.shape[-1])
+    total = mass.sum(-1)
+    return np.nanmean((mass * distance).sum(-1) / np.where(total > 0, total, np.nan), axis=-1)
+
+
+def uniform_distance(tokens: int, patch_size: float = 1.0) -> float:
+    """The expected distance of a map that is the same everywhere, in pixels."""
+    return float(patch_size * _distances(tokens).mean())
+
+
+def interior_cells(tokens: int) -> np.ndarray:
+    """Which of the tokens of a square grid do not lie at its border: bool (tokens,)."""
+    side = math.isqrt(tokens)
+    inside = np.zeros((side, side), dtype=bool)
+    inside[1:-1, 1:-1] = True
+    return inside.ravel()
+
+
+def estimate(
+    record: xr.Dataset, statistic: Callable[[np.ndarray], np.ndarray], confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A statistic of a record's maps with its interval over images: value, low, high.
+
+    Parameters
+    ----------
+    record : xarray.Dataset
+        From :class:`Localisation`. Select the taps that the statistic speaks of.
+    statistic : callable
+        Of the maps (tap, tokens, patches), for instance :func:`hit`, or the difference between two
+        of the record's taps.
+
+    The interval is a jackknife that leaves out a random quarter of the groups of minibatches, many
+    times. Leaving out one group at a time gives the same for smooth statistics, but intervals more
+    than twice too wide for :func:`hit`, which jumps when two patches change places.
+    """
+    cross, token = record["cross_hsic"].values, record["token_hsic"].values
+    patch = np.diagonal(record["patch_hsic"].values, axis1=1, axis2=2)
+    shapes = [sums.shape[1:] for sums in (cross, token, patch)]
+    sums = np.concatenate([part.reshape(len(part), -1) for part in (cross, token, patch)], axis=1)
+    sums, ends = sums.astype(float), np.cumsum([math.prod(shape) for shape in shapes[:-1]])
+
+    def of_sums(flat):
+        parts = zip(np.split(flat, ends), shapes, strict=True)
+        return np.asarray(statistic(_alignment(*(part.reshape(shape) for part, shape in parts))))
+
+    value, groups = of_sums(sums.sum(0)), len(sums)
+    if groups < 2:
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+    left_out = max(1, groups // 4)
+    stream = np.random.default_rng(0)
+    kept = (stream.permutation(groups) >= left_out for _ in range(REPEATS))
+    replicates = [of_sums(keep.astype(float) @ sums) for keep in kept]
+    error = np.std(replicates, axis=0) * np.sqrt((groups - left_out) / left_out)
+    margin = stats.t.ppf(0.5 + confidence / 2, groups - 1) * error
+    return value, value - margin, value + margin
+
+
+def _alignment(cross: np.ndarray, token: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """CKA (..., tokens, patches) from HSICs; NaN where one's own is not positive."""
+    token, patch = (np.sqrt(np.where(own > 0, own, np.nan)) for own in (token, patch))
+    return cross / (token[..., :, None] * patch[..., None, :])
+
+
+def _distances(tokens: int) -> np.ndarray:
+    """Distances (tokens, tokens) between the cells of a square grid, in cells."""
+    y, x = np.divmod(np.arange(tokens), math.isqrt(tokens))
+    return np.hypot(y[:, None] - y[None], x[:, None] - x[None])
+
+
+def _few(grids: dict[str, int]) -> str:
+    """``a: 32 x 32, b: 8 x 8``: one tap of every grid."""
+    one_each = {side: name for name, side in grids.items()}
+    return ", ".join(f"{name}: {side} x {side}" for side, name in sorted(one_each.items()))

@@ -1,0 +1,376 @@
+"""Localisation maps against CKA computed one pair at a time, and scores of maps known by hand."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lib.cka import centred_gram, cka
+from lib.localisation import (
+    Localisation,
+    coarsen,
+    contrast,
+    estimate,
+    expected_distance,
+    hit,
+    interior_cells,
+    patches,
+    split_tokens,
+    token_grams,
+    uniform_distance,
+)
+from lib.measure import measure
+from lib.studies import load_study
+
+GRID, SIZE = 4, 16  # patches of 4 x 4 pixels
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(n, seed=0):
+    stream = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, SIZE, SIZE), generator=stream, dtype=torch.uint8)
+
+
+def local(pixels, noise=0.0, width=64, grid=GRID, seed=5):
+    """Tokens that are random linear functions of their own patch."""
+    cells = patches(pixels, grid) / 255
+    tokens = cells @ draw(cells.shape[-1], width, seed=seed)
+    return tokens + noise * draw(*tokens.shape, seed=seed + len(pixels))
+
+
+def measured(tokens, pixels, batch=32, **settings):
+    metric = Localisation(**settings)
+    for x, part in zip(tokens.split(batch), pixels.split(batch), strict=True):
+        metric.update({"a": x}, pixels=part)
+    return metric.compute()
+
+
+# Tokens and patches -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("side", "first"), [(8, 0), (8, 1), (14, 5), (7, 1), (1, 0)])
+def test_patch_tokens_are_the_last_ones(side, first):
+    value = draw(2, first + side * side, 3)
+    cells, others = split_tokens(value)
+    assert torch.equal(cells, value[:, first:])
+    assert torch.equal(others, value[:, :first])
+
+
+def test_tokens_of_a_feature_map_are_its_locations_row_by_row():
+    value = draw(2, 3, 5, 5)
+    cells, others = split_tokens(value)
+    assert cells.shape == (2, 25, 3)
+    assert torch.equal(cells[:, 7], value[:, :, 1, 2])
+    assert others.shape == (2, 0, 3)
+
+
+def test_a_patch_and_the_token_of_the_same_place_have_the_same_number():
+    pixels = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    pixels[0, :, 4:8, 12:16] = 9  # second row, last column
+    assert patches(pixels, GRID).sum(-1).argmax() == 1 * GRID + 3
+    assert patches(pixels, GRID).shape == (1, 16, 48)
+    value = torch.zeros(1, 2, 4, 4)
+    value[0, :, 1, 3] = 1
+    assert split_tokens(value)[0].sum(-1).argmax() == 1 * GRID + 3
+
+
+def test_a_finer_grid_is_averaged():
+    value = draw(2, 3, 8, 8)
+    cells = coarsen(split_tokens(value)[0], 4)
+    assert cells.shape == (2, 16, 3)
+    assert torch.allclose(cells[:, 6], value[:, :, 2:4, 4:6].mean((2, 3)), atol=1e-6)
+    assert torch.equal(coarsen(cells, 4), cells)
+    assert torch.equal(coarsen(cells, None), cells)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 60, 8), r"^60 tokens are no square grid: 7 x 7 would leave 11 over"),
+        ((4, 8), r"^a tensor of shape \(4, 8\) has no places in the image: tap tokens"),
+        (
+            (4, 8, 7, 5),
+            r"^a feature map must be \(n, channels, h, w\) with h = w; got \(4, 8, 7, 5",
+        ),
+        ((4, 2, 2, 2, 2), r"has no places in the image"),
+    ],
+)
+def test_tensors_without_a_square_grid_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        Localisation().reduce(draw(*shape))
+
+
+def test_grids_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"^cannot average a 4 x 4 grid down to 3 x 3$"):
+        Localisation(grid=3).reduce(draw(8, 16, 2))
+    with pytest.raises(ValueError, match=r"^cannot average a 4 x 4 grid down to 8 x 8$"):
+        Localisation(grid=8).reduce(draw(8, 16, 2))
+    with pytest.raises(ValueError, match=r"^a 16 x 16 image cannot be cut into 7 x 7 patches$"):
+        Localisation().update({"a": draw(8, 49, 2)}, pixels=images(8))
+    both = {"early": draw(8, 3, 8, 8), "late": draw(8, 3, 4, 4)}
+    with pytest.raises(ValueError, match=r"differ \(late: 4 x 4, early: 8 x 8\); .* with grid=4$"):
+        Localisation().update(both, pixels=images(8))
+    metric = Localisation(grid=4)
+    metric.update(both, pixels=images(8))
+    assert metric.compute().sizes["token"] == 16
+
+
+# The maps -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.int64])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_grams_are_those_of_cka_one_token_at_a_time(dtype, offset):
+    cells = (10 * draw(12, 9, 20) + offset).to(dtype)
+    expected = torch.stack([centred_gram(cells[:, place]) for place in range(9)])
+    assert torch.allclose(token_grams(cells), expected, rtol=1e-4, atol=1e-4 * expected.std())
+
+
+def test_maps_are_cka_of_every_pair():
+    pixels = images(24)
+    tokens = local(pixels, noise=2)
+    record = measured(tokens, pixels)
+    cells = patches(pixels, GRID)
+    for token, patch in ((0, 0), (3, 7), (15, 2)):
+        expected = cka(tokens[:, token].double(), cells[:, patch].double())
+        found = record["localisation"].sel(tap="a").values[token, patch]
+        assert found == pytest.approx(expected, abs=1e-5)
+        pair = cka(cells[:, token].double(), cells[:, patch].double())
+        assert record["pixels"].values[token, patch] == pytest.approx(pair, abs=1e-5)
+    assert np.allclose(np.diag(record["pixels"]), 1)
+    assert int(record["patch_size"]) == 4
+
+
+def test_minibatches_add_up_whatever_their_group():
+    pixels = images(96)
+    tokens = local(pixels, noise=2)
+    many = measured(tokens, pixels, groups=20)
+    few = measured(tokens, pixels, groups=2)
+    assert many.sizes["group"] == 3  # empty groups are left out
+    assert few.sizes["group"] == 2
+    assert np.allclose(many["localisation"], few["localisation"])
+    for name in ("cross_hsic", "token_hsic", "patch_hsic"):
+        assert np.allclose(many[name].sum("group"), few[name].sum("group"))
+
+
+def test_the_class_token_and_shifts_and_scales_do_not_matter():
+    pixels = images(32)
+    tokens = local(pixels, noise=2)
+    plain = measured(tokens, pixels)["localisation"]
+    other = measured(torch.cat([draw(32, 1, 64), 30 * tokens + 7], dim=1), pixels)["localisation"]
+    assert np.allclose(plain, other, atol=1e-5)
+
+
+def test_local_tokens_hit_and_shuffled_images_do_not():
+    pixels = images(512)
+    record = measured(local(pixels), pixels, batch=64)
+    maps = record["localisation"].values
+    assert hit(maps) == 1
+    assert contrast(maps) > 0.5
+    assert expected_distance(maps, 4) < uniform_distance(16, 4) / 4
+    assert abs(record["shuffled"]).max() < 0.1
+    assert abs(contrast(record["shuffled"].values)) < 0.01
+    assert hit(record["shuffled"].values) < 0.5
+
+
+def test_tokens_that_do_not_know_their_place_are_at_chance():
+    pixels = images(512)
+    mixed = local(pixels)[:, torch.randperm(16, generator=torch.Generator().manual_seed(3))]
+    mean = local(pixels).mean(1, keepdim=True).expand(-1, 16, -1) + 0.01 * draw(512, 16, 64)
+    for tokens, hits in ((mixed, 0.1), (draw(512, 16, 64), 0.4), (mean, 0.4)):
+        record = measured(tokens, pixels, batch=64)
+        assert hit(record["localisation"].values) <= hits
+        assert abs(contrast(record["localisation"].values)) < 0.1
+
+
+def test_a_token_or_patch_that_never_varies_has_no_cka():
+    pixels = images(64)
+    pixels[:, :, :4, :4] = 17
+    tokens = local(pixels)
+    tokens[:, 5] = 3.3
+    tokens[:, 0] = draw(64, 64)
+    record = measured(tokens, pixels)
+    maps = record["localisation"].values[0]
+    assert np.isnan(maps[5]).all()
+    assert np.isnan(maps[:, 0]).all()
+    assert np.isnan(maps).sum() == 31
+    assert hit(maps) == 1  # of the 14 that have an own patch
+    assert contrast(maps) > 0.5
+    assert expected_distance(maps) < 1
+
+
+def test_minibatches_too_small_are_left_out():
+    pixels = images(35)
+    tokens = local(pixels)
+    with pytest.warns(UserWarning, match="a minibatch of 3 images is too small"):
+        record = measured(tokens, pixels, batch=32)
+    assert np.allclose(record["localisation"], measured(tokens[:32], pixels[:32])["localisation"])
+    with pytest.raises(ValueError, match=r"needs at least one minibatch of 4 images$"):
+        Localisation().compute()
+
+
+def test_mistakes_are_refused():
+    pixels = images(8)
+    with pytest.raises(ValueError, match=r"^give update\(\) activations and the pixels"):
+        Localisation().update({"a": draw(8, 16, 2)})
+    with pytest.raises(ValueError, match=r"of the same images; got {'a': 7, 'pixels': 8}$"):
+        Localisation().update({"a": draw(7, 16, 2)}, pixels=pixels)
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        Localisation(groups=1)
+    metric = Localisation()
+    metric.update({"a": draw(8, 16, 2)}, pixels=pixels)
+    with pytest.raises(ValueError, match=r"this differs in \['a', 'b'\]$"):
+        metric.update({"b": draw(8, 16, 2)}, pixels=pixels)
+    metric.reset()
+    metric.update({"b": draw(8, 4, 2)}, pixels=pixels)
+    assert metric.compute()["tap"].values.tolist() == ["b"]
+
+
+def test_what_is_kept_does_not_grow_with_images():
+    pixels = images(64)
+    metric = Localisation(groups=2)
+    sizes = []
+    for seed in range(4):
+        metric.update({"a": local(pixels, seed=seed)}, pixels=pixels)
+        sizes.append(sum(state.nbytes for state in metric.metric_state.values()))
+    assert len(set(sizes)) == 1
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+def test_hit_counts_tokens_whose_own_patch_is_best():
+    maps = np.full((9, 9), 0.1)
+    np.fill_diagonal(maps, 0.5)
+    assert hit(maps) == 1
+    maps[0, 3] = 0.6  # a corner
+    assert hit(maps) == pytest.approx(8 / 9)
+    assert hit(maps, interior=True) == 1
+    maps[4, 3] = 0.6  # the only interior token
+    assert hit(maps, interior=True) == 0
+    assert hit(np.stack([maps, np.eye(9)])).tolist() == pytest.approx([7 / 9, 1])
+
+
+def test_interior_cells_are_those_inside():
+    assert interior_cells(16).nonzero()[0].tolist() == [5, 6, 9, 10]
+    assert interior_cells(64).sum() == 36
+
+
+def test_contrast_is_own_minus_others():
+    maps = np.full((4, 4), 0.25)
+    np.fill_diagonal(maps, 1)
+    assert contrast(maps) == pytest.approx(0.75)
+
+
+def test_distance_is_that_of_the_mass_in_pixels():
+    assert expected_distance(np.eye(4), 8) == 0
+    other_corner = np.eye(4)[::-1]  # all mass on the opposite corner of a 2 x 2 grid
+    assert expected_distance(other_corner, 8) == pytest.approx(8 * math.sqrt(2))
+    negative = np.eye(4) - 0.5 * (1 - np.eye(4))
+    assert expected_distance(negative, 8) == 0  # clipped
+    assert expected_distance(np.ones((64, 64)), 4) == pytest.approx(uniform_distance(64, 4))
+    # As published for uniform attention on 224 pixels.
+    assert uniform_distance(49, 32) == pytest.approx(115.5, abs=0.1)
+    assert uniform_distance(196, 16) == pytest.approx(116.5, abs=0.1)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    def statistic(maps):
+        return np.append(contrast(maps), np.diag(maps[0])[:3])
+
+    def record(seed, n):
+        pixels = images(n, seed=seed)
+        return measured(local(pixels, noise=3, width=16), pixels, batch=16)
+
+    truth = estimate(record(1000, 6400), statistic)[0]
+    covered = []
+    for seed in range(40):
+        value, low, high = estimate(record(seed, 160), statistic)
+        assert (low <= value).all()
+        covered.append((low <= truth) & (truth <= high))
+    assert (np.mean(covered, axis=0) >= 0.85).all()
+
+
+def test_intervals_are_as_wide_as_the_scores_vary():
+    # Hits jump: their interval may be too wide by half, but not by far, nor too narrow.
+    def scores(maps):
+        return np.array([hit(maps)[0], contrast(maps)[0]])
+
+    def record(seed):
+        pixels = images(160, seed=seed)
+        tokens = local(pixels, width=12, grid=8)
+        tokens = tokens + 8 * tokens.mean(1, keepdim=True) + 3 * draw(*tokens.shape, seed=seed)
+        return measured(tokens, pixels, batch=8)
+
+    found = np.array([estimate(record(seed), scores) for seed in range(30)])
+    values, margins = found[:, 0], found[:, 2] - found[:, 0]
+    ratio = margins.mean(0) / stats.t.ppf(0.975, 19) / values.std(0, ddof=1)
+    assert 0.2 < values[:, 0].mean() < 0.8
+    assert 0.7 < ratio[0] < 1.8
+    assert 0.7 < ratio[1] < 1.4
+
+
+def test_one_group_has_no_interval():
+    pixels = images(16)
+    value, low, high = estimate(measured(local(pixels), pixels), hit)
+    assert value == 1
+    assert np.isnan([low, high]).all()
+
+
+def test_clipping_makes_sharp_maps_look_wider_when_images_are_few():
+    def distance(n):
+        pixels = images(n)
+        return expected_distance(measured(local(pixels, noise=3, width=16), pixels)["localisation"])
+
+    assert distance(64) > distance(256) > distance(1024)
+
+
+def test_estimates_of_differences_are_paired():
+    pixels = images(320)
+    metric = Localisation()
+    one, two = local(pixels, noise=3, width=16), local(pixels, noise=3, width=16, seed=6)
+    for x, y, part in zip(one.split(16), two.split(16), pixels.split(16), strict=True):
+        metric.update({"one": x, "two": y, "same": x}, pixels=part)
+    record = metric.compute()
+    assert np.allclose(estimate(record, contrast)[0], contrast(record["localisation"].values))
+    same = estimate(record.sel(tap=["one", "same"]), lambda m: np.diff(contrast(m)))
+    assert np.allclose(same, 0)
+    value, low, high = estimate(record.sel(tap=["one", "two"]), lambda m: np.diff(contrast(m)))
+    assert low < value < high
+
+
+# In the book --------------------------------------------------------------------------------------
+
+
+def test_networks_of_the_lab_are_measured_on_one_grid(monkeypatch, tmp_path):
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
+    study = load_study("lab")
+    roles = ["vit_untrained", "resnet_untrained"]
+    record = measure(study, roles, [Localisation(grid=8)], n_images=48, batch_size=16)
+    assert record["localisation"].sizes == {"tap": 8 + 13, "token": 64, "patch": 64}
+    assert record["block"].all()
+    assert int(record["patch_size"]) == 4
+    # Before training every token still is its patch: the twin that no finding may forget.
+    first = record["localisation"].values[[0, 8]]
+    assert (hit(first) > 0.9).all()
+    assert hit(record["shuffled"].values[[0, 8]]).max() < 0.3
+
+
+def test_reduced_and_direct_updates_agree():
+    pixels = images(32)
+    tokens = local(pixels)
+    metric = Localisation()
+    reduced = {
+        "a": metric.reduce(tokens),
+        "images": metric.reduce_images(SimpleNamespace(pixels=pixels)),
+    }
+    metric.update(reduced=reduced, batch=7)
+    assert np.allclose(metric.compute()["localisation"], measured(tokens, pixels)["localisation"])
+    assert set(reduced) == {"a", "images"}  # left as it was
+    assert metric.seen[7] == 32

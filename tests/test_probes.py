@@ -1,0 +1,377 @@
+"""Probes against scikit-learn, and on features of which it is known what can be read from them."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.linear_model import Ridge, RidgeClassifier
+from sklearn.metrics import r2_score
+from sklearn.preprocessing import StandardScaler
+
+from lib.measure import measure
+from lib.probes import (
+    PENALTIES,
+    READOUTS,
+    Part,
+    Probes,
+    accuracy,
+    few_shot,
+    into_channels,
+    mean_interval,
+    negative_error,
+    pixel_error,
+    r_squared,
+    read_out,
+    ridge,
+    signs,
+)
+from lib.studies import load_study
+
+CLASSES, CELLS, WIDTH = 4, 9, 12
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    stream = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=stream, dtype=torch.float64).to(dtype)
+
+
+def labelled(n, seed=0):
+    return torch.randint(CLASSES, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def planted(n=320, strength=2.0, cells=range(CELLS), seed=0, width=WIDTH, first=1):
+    """Tokens (class token first) whose given cells carry the label along a random direction."""
+    labels = labelled(n, seed)
+    directions = draw(CLASSES, width, seed=77)
+    tokens = draw(n, first + CELLS, width, seed=seed + 1)
+    for cell in cells:
+        tokens[:, first + cell] += strength * directions[labels]
+    return tokens, labels, 8 + draw(n, 2, seed=seed + 2)
+
+
+def probed(tokens, labels, centres, batch=48, **settings):
+    metric = Probes(**settings)
+    parts = (tokens.split(batch), labels.split(batch), centres.split(batch))
+    for x, y, where in zip(*parts, strict=True):
+        metric.update({"a": x}, labels=y, centres=where)
+    return metric.compute()
+
+
+def by_chance(right) -> bool:
+    """Whether hits can be chance: within the 99.9 % binomial interval around 1 / classes."""
+    right = np.asarray(right).ravel()
+    low, high = stats.binom.interval(0.999, right.size, 1 / CLASSES)
+    return low <= right.sum() <= high
+
+
+# The closed form ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [10, 200], ids=["narrow", "wide"])
+@pytest.mark.parametrize("penalty", [0.1, 10.0, 1e4])
+def test_classes_are_those_of_scikit_learns_ridge_classifier(width, penalty):
+    labels, new = labelled(80), 3 * draw(50, width, seed=4, dtype=torch.float64) + 5
+    x = 3 * draw(80, width, seed=3, dtype=torch.float64) * torch.linspace(0.1, 9, width) + 5
+    fit = Part(x, signs(labels, CLASSES).double())
+    outputs, chosen = read_out(fit, fit, new, accuracy, penalties=[penalty])
+
+    scaler = StandardScaler().fit(x.numpy())
+    theirs = RidgeClassifier(alpha=penalty).fit(scaler.transform(x.numpy()), labels.numpy())
+    expected = theirs.decision_function(scaler.transform(new.numpy()))
+    assert chosen == penalty
+    assert np.allclose(outputs.numpy(), expected, rtol=0, atol=1e-6)
+    assert (outputs.argmax(1).numpy() == theirs.predict(scaler.transform(new.numpy()))).all()
+
+
+@pytest.mark.parametrize("width", [10, 200], ids=["narrow", "wide"])
+def test_weights_of_a_whole_grid_are_scikit_learns(width):
+    x, y = draw(3, 60, width, dtype=torch.float64) + 2, draw(60, 2, seed=9, dtype=torch.float64)
+    weights, bias = ridge(Part(x, y))
+    assert weights.shape == (3, width, len(PENALTIES), 2)
+    assert bias.shape == (3, len(PENALTIES), 2)
+    for cell in range(3):
+        for place, penalty in enumerate(PENALTIES):
+            theirs = Ridge(alpha=penalty).fit(x[cell].numpy(), y.numpy())
+            assert np.allclose(weights[cell, :, place].numpy().T, theirs.coef_, atol=1e-6)
+            assert np.allclose(bias[cell, place].numpy(), theirs.intercept_, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [10, 200], ids=["narrow", "wide"])
+def test_the_appended_constant_of_the_reference_is_the_same_to_a_ten_thousandth(width):
+    x, y = draw(60, width, dtype=torch.float64), signs(labelled(60), CLASSES).double()
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    extended = torch.cat([x, torch.full((60, 1), 100.0, dtype=torch.float64)], dim=1)
+    theirs = Ridge(alpha=10.0, fit_intercept=False).fit(extended.numpy(), y.numpy())
+    weights, bias = ridge(Part(x, y), [10.0])
+    assert np.allclose(weights[:, 0].numpy().T, theirs.coef_[:, :-1], atol=1e-6)
+    assert np.allclose(bias[0].numpy(), 100 * theirs.coef_[:, -1], rtol=1e-4)
+
+
+def test_single_precision_is_enough():
+    x = draw(200, 96) * torch.logspace(-3, 3, 96) + 10
+    y, new = signs(labelled(200), CLASSES), draw(50, 96, seed=2) * torch.logspace(-3, 3, 96) + 10
+    exact = read_out(Part(x.double(), y), Part(x.double(), y), new.double(), accuracy, [1.0])[0]
+    assert torch.allclose(
+        read_out(Part(x, y), Part(x, y), new, accuracy, [1.0])[0], exact.float(), atol=1e-2
+    )
+
+
+def test_a_feature_that_never_varies_changes_nothing():
+    x, y = draw(40, 6), signs(labelled(40), CLASSES)
+    plain = read_out(Part(x, y), Part(x, y), x, accuracy, [1.0])[0]
+    x = torch.cat([x, torch.full((40, 1), 123.4)], dim=1)
+    assert torch.allclose(read_out(Part(x, y), Part(x, y), x, accuracy, [1.0])[0], plain, atol=1e-4)
+
+
+def test_many_probes_at_once_are_the_same_as_one_by_one():
+    x, y, new = draw(5, 40, 6), signs(labelled(40), CLASSES), draw(5, 30, 6, seed=1)
+    together = read_out(Part(x, y), Part(x, y), new, accuracy, [1.0])[0]
+    assert together.shape == (5, 30, CLASSES)
+    for cell in range(5):
+        alone = read_out(Part(x[cell], y), Part(x[cell], y), new[cell], accuracy, [1.0])[0]
+        assert torch.allclose(together[cell], alone, atol=1e-5)
+
+
+def test_the_penalty_is_the_best_on_held_out_images():
+    # Few images, many features, a weak signal: neither end of the grid is best.
+    x, new = draw(40, 100), draw(2000, 100, seed=1)
+    y, held = x[:, :1] + 0.5 * draw(40, 1, seed=2), new[:, :1] + 0.5 * draw(2000, 1, seed=3)
+    outputs, chosen = read_out(Part(x, y), Part(new, held), new, negative_error)
+    errors = {
+        penalty: float(
+            -negative_error(
+                read_out(Part(x, y), Part(x, y), new, negative_error, [penalty])[0], held
+            )
+        )
+        for penalty in PENALTIES
+    }
+    assert chosen == min(errors, key=errors.get)
+    assert PENALTIES[0] < chosen < PENALTIES[-1]
+    assert float(-negative_error(outputs, held)) == pytest.approx(errors[chosen], rel=1e-4)
+
+
+# Draws --------------------------------------------------------------------------------------------
+
+
+def test_draws_are_balanced_disjoint_and_repeatable():
+    labels = labelled(200)
+    draws = few_shot(labels, 10, 3)
+    for chosen in draws:
+        assert torch.bincount(labels[chosen]).tolist() == [10] * CLASSES
+    assert len(torch.cat(draws).unique()) == 3 * 10 * CLASSES
+    assert all(map(torch.equal, draws, few_shot(labels, 10, 3)))
+    assert not torch.equal(draws[0], few_shot(labels, 10, 3, seed=1)[0])
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(
+        ValueError,
+        match=r"^3 draws of 10 images per class need 30 of each, and there are only \d+ of class "
+        r"\d among the 60 training images: measure more images, or lower shots or draws$",
+    ):
+        few_shot(labelled(60), 10, 3)
+
+
+# What is read -------------------------------------------------------------------------------------
+
+
+def test_a_planted_signal_is_found_where_it_is():
+    record = probed(*planted(n=400, cells=[2, 7]), shots=10)
+    by_cell = record["token_accuracy"].sel(tap="a").mean("draw").values
+    assert by_cell[[2, 7]].min() > 0.9
+    elsewhere = np.delete(by_cell, [2, 7])
+    assert abs(elsewhere.mean() - 1 / CLASSES) < 0.05
+    assert by_chance(record["right"].sel(readout="class token"))
+    assert by_chance(record["right"].sel(readout="first patch"))
+    # 2 of 9 cells: diluted in the mean, but it is there.
+    assert record["right"].sel(readout="mean of patches").mean() > 0.6
+    assert np.allclose(record["token_right"].mean("image"), record["token_accuracy"].mean("token"))
+
+
+def test_random_features_are_at_chance():
+    record = probed(*planted(n=600, strength=0.0), shots=10)
+    for readout in READOUTS:
+        assert by_chance(record["right"].sel(readout=readout, draw=0)), readout
+    tokens = record["token_right"].mean("draw").values.ravel()
+    assert abs(tokens.mean() - 1 / CLASSES) < 4 * tokens.std() / np.sqrt(tokens.size)
+    assert abs(r_squared(record["centre"][0, 1], record["true_centre"])) < 0.1
+
+
+def test_each_readout_reads_its_own_tokens():
+    tokens, labels, centres = planted(n=400, strength=0.0)
+    directions = draw(CLASSES, WIDTH, seed=77)
+    for place, expected in ((0, "class token"), (1, "first patch")):
+        marked = tokens.clone()
+        marked[:, place] += 3 * directions[labels]
+        right = probed(marked, labels, centres)["right"].mean(("draw", "image")).squeeze("tap")
+        assert right.sel(readout=expected) > 0.9
+        other = {"class token", "first patch"} - {expected}
+        assert right.sel(readout=other.pop()) < 0.4
+        # The class token is one of all tokens, and no patch.
+        assert (right.sel(readout="mean of patches") > 0.4) == (expected == "first patch")
+        assert right.sel(readout="mean of all") > 0.4
+
+
+def test_without_a_class_token_it_cannot_be_read():
+    tokens, labels, centres = planted(n=320, first=0)
+    record = probed(tokens, labels, centres)
+    assert record["right"].sel(readout="class token").isnull().all()
+    assert record["penalty"].sel(probe="class token").isnull().all()
+    same = [record["right"].sel(readout=one).values for one in ("mean of patches", "mean of all")]
+    assert np.array_equal(*same)
+
+
+def test_a_feature_map_is_read_like_tokens():
+    tokens, labels, centres = planted(n=320, first=0)
+    as_map = tokens.mT.unflatten(2, (3, 3))
+    one, other = (probed(x, labels, centres) for x in (tokens, as_map))
+    assert np.allclose(one["token_accuracy"], other["token_accuracy"])
+    finer = as_map.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert np.allclose(
+        one["token_accuracy"], probed(finer, labels, centres, grid=3)["token_accuracy"]
+    )
+
+
+def test_penalties_and_predictions_never_see_the_test_labels():
+    tokens, labels, centres = planted(n=320, strength=0.7)
+    honest = probed(tokens, labels, centres)
+    adversarial, misplaced = labels.clone(), centres.clone()
+    adversarial[160:] = (labels[160:] + 1) % CLASSES  # every test label is wrong
+    misplaced[160:] = 100 - centres[160:]
+    other = probed(tokens, adversarial, misplaced)
+    assert np.array_equal(honest["penalty"], other["penalty"], equal_nan=True)
+    assert np.array_equal(honest["centre"], other["centre"])
+    # What was right is wrong now: the predictions themselves are the same.
+    assert not (honest["right"].values.astype(bool) & other["right"].values.astype(bool)).any()
+
+
+def test_penalties_never_see_the_test_images_either():
+    tokens, labels, centres = planted(n=320, strength=0.7)
+    honest = probed(tokens, labels, centres)
+    tokens[160:] = 1e3 * draw(160, 1 + CELLS, WIDTH, seed=8)
+    assert np.array_equal(honest["penalty"], probed(tokens, labels, centres)["penalty"])
+
+
+def test_the_centre_is_read_from_where_the_object_is():
+    # One bright spot on a 3 x 3 grid, invisible to the mean of the tokens.
+    n = 600
+    where = torch.randint(9, (n,), generator=torch.Generator().manual_seed(0))
+    tokens = 0.1 * draw(n, 9, WIDTH)
+    tokens[torch.arange(n), where, 0] += 1
+    centres = torch.stack([where % 3, where // 3], dim=1) * 4.0 + 2
+    record = probed(tokens, where % CLASSES, centres)
+    found, true = record["centre"].sel(tap="a"), record["true_centre"]
+    assert true.shape == (300, 2)
+    assert r_squared(found.sel(arrangement="patches side by side"), true) > 0.8
+    assert r_squared(found.sel(arrangement="mean of patches"), true) < 0.1
+    assert pixel_error(found.sel(arrangement="patches side by side"), true).mean() < 2
+
+
+# Keeping the features -----------------------------------------------------------------------------
+
+
+def test_batches_may_come_in_any_order():
+    tokens, labels, centres = planted(n=320)
+    metric = Probes()
+    parts = [split.split(48) for split in (tokens, labels, centres)]
+    for batch in (3, 0, 6, 4, 2, 5, 1):
+        x, y, where = (part[batch] for part in parts)
+        kept = {"a": metric.reduce(x), "images": {"labels": y, "centres": where}}
+        metric.update(reduced=kept, batch=batch)
+    dealt, straight = metric.compute(), probed(tokens, labels, centres)
+    assert np.array_equal(dealt["right"], straight["right"])
+    assert np.array_equal(dealt["true_centre"], straight["true_centre"])
+
+
+def test_the_budget_is_kept():
+    tokens, labels, centres = planted(n=320)
+    size = 320 * (2 + CELLS) * WIDTH * 4
+    probed(tokens, labels, centres, budget=size)
+    with pytest.raises(
+        ValueError, match=r"^the features of 1 taps need more than the budget of .*"
+    ):
+        probed(tokens, labels, centres, budget=size - 1)
+
+
+def test_mistakes_are_refused():
+    tokens, labels, centres = planted(n=320)
+    with pytest.raises(ValueError, match=r"^give update\(\) activations, labels and centres$"):
+        Probes().update({"a": tokens})
+    with pytest.raises(ValueError, match=r"of the same images; got {'a': 320, 'labels': 100}$"):
+        Probes().update({"a": tokens}, labels=labels[:100], centres=centres)
+    with pytest.raises(ValueError, match="at least 2 of them"):
+        Probes(draws=1)
+    with pytest.raises(ValueError, match=r"between 0 and 1, not 1\.0$"):
+        Probes(share=1.0)
+    with pytest.raises(ValueError, match="has no places in the image"):
+        Probes().update({"a": draw(8, 5)}, labels=labels[:8], centres=centres[:8])
+    metric = Probes()
+    metric.update({"a": tokens}, labels=labels, centres=centres)
+    with pytest.raises(ValueError, match=r"this differs in \['a', 'b'\]$"):
+        metric.update({"b": tokens}, labels=labels, centres=centres)
+    metric.reset()
+    metric.update({"b": tokens}, labels=labels, centres=centres)
+    assert metric.compute()["tap"].values.tolist() == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "expected"),
+    [(64, 32, (256, 16)), (128, 16, (128, 16)), (256, 8, (256, 8)), (16, 32, (256, 8))],
+)
+def test_locations_become_channels_as_far_as_they_fit(channels, side, expected):
+    value = into_channels(draw(2, channels, side, side), width=256, grid=8)
+    assert value.shape == (2, expected[0], expected[1], expected[1])
+    kept = Probes(grid=8, width=256).reduce(draw(2, channels, side, side))
+    assert kept.shape == (2, 2 + 64, expected[0])
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+def test_r_squared_is_scikit_learns():
+    true = draw(50, 2).numpy()
+    found = true + 0.3 * draw(50, 2, seed=1).numpy()
+    expected = r2_score(true, found, multioutput="variance_weighted")
+    assert r_squared(found, true) == pytest.approx(expected)
+    assert pixel_error([[3, 4]], [[0, 0]]).tolist() == [5]
+
+
+def test_the_interval_is_that_of_images_if_draws_agree():
+    scores = np.repeat((draw(1, 200) > 0).numpy(), 3, axis=0).astype(float)
+    value, low, high = mean_interval(scores)
+    margin = stats.t.ppf(0.975, 199) * scores[0].std(ddof=1) / np.sqrt(200)
+    assert (value, low, high) == pytest.approx((scores.mean(), value - margin, value + margin))
+
+
+def test_the_interval_covers_the_truth_over_draws_and_images():
+    stream = np.random.default_rng(0)
+    covered = []
+    for _ in range(400):
+        scores = 0.03 * stream.normal(size=(3, 1)) + stream.normal(0.4, 0.5, size=(1, 300))
+        scores = scores + 0.3 * stream.normal(size=(3, 300))
+        _, low, high = mean_interval(scores)
+        covered.append(low <= 0.4 <= high)
+    assert 0.92 <= np.mean(covered) <= 0.99
+
+
+def test_scores_that_never_differ_have_no_width():
+    assert mean_interval(np.ones((3, 10))) == (1, 1, 1)
+    assert np.isnan(mean_interval(np.full((3, 10), np.nan))).all()
+
+
+# In the book --------------------------------------------------------------------------------------
+
+
+def test_networks_of_the_lab_are_probed_by_measure(monkeypatch, tmp_path):
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
+    study = load_study("lab")
+    probes = Probes(["blocks.0", "blocks.7"], shots=1, draws=2, share=0.75)
+    record = measure(study, ["vit_untrained"], [probes], n_images=96, batch_size=32)
+    assert record["right"].sizes == {"tap": 2, "draw": 2, "readout": 4, "image": 24}
+    assert record["role"].values.tolist() == ["vit_untrained"] * 2
+    images = study.images(96)
+    centres = (images.boxes[72:, :2] + images.boxes[72:, 2:]) / 2
+    assert np.allclose(record["true_centre"], centres)
+    # Read back from the cache, it is the same.
+    again = measure(study, ["vit_untrained"], [probes], n_images=96, batch_size=32)
+    assert np.allclose(again["centre"], record["centre"], rtol=1e-5)
