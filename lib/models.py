@@ -4,14 +4,15 @@ Each sees 32 x 32 images and ends in an 8 x 8 grid, so that a token of one netwo
 of another speak of the same 4 x 4 pixels.
 """
 
+import copy
 from collections import OrderedDict
 from functools import partial
 
 import torch
 from timm.layers import GroupNormAct, StdConv2d, build_sincos2d_pos_embed
 from timm.models.mlp_mixer import MlpMixer
-from timm.models.resnetv2 import ResNetV2
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.resnetv2 import PreActBottleneck, ResNetV2
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,7 +78,54 @@ def _vit(**readout) -> nn.Module:
     return model
 
 
-ARCHITECTURES = {"vit": vit, "vit_gap": vit_gap, "resnet": resnet, "mixer": mixer}
+class BlockWithoutSkips(Block):
+    """A ViT block that hands on what its attention and its MLP make, and nothing of its input."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = self.drop_path1(self.ls1(attended))
+        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class UnitWithoutSkip(PreActBottleneck):
+    """A residual unit that hands on what its convolutions make, and nothing of its input."""
+
+    def forward(self, x):
+        x = self.conv1(self.norm1(x))
+        x = self.conv2(self.norm2(x))
+        return self.drop_path(self.conv3(self.norm3(x)))
+
+
+def without_skips(model: nn.Module, block: int) -> nn.Module:
+    """A copy of a ViT or pre-activation ResNet without the skip connections of one block.
+
+    ``block`` counts blocks or residual units from 0. The weights are the same and have the same
+    names: train the copy for the paper's experiment, or measure it as it is to see what the cut
+    does to a network that was trained with the skip.
+    """
+    model = copy.deepcopy(model)
+    blocks = [module for module in model.modules() if type(module) in (Block, PreActBottleneck)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks whose skips could be removed")
+    if not 0 <= block < len(blocks):
+        raise ValueError(f"there is no block {block}; they go from 0 to {len(blocks) - 1}")
+    chosen = blocks[block]
+    if getattr(chosen, "downsample", None) is not None:
+        raise ValueError(f"the shortcut of unit {block} is a projection, not a skip: take another")
+    chosen.__class__ = BlockWithoutSkips if isinstance(chosen, Block) else UnitWithoutSkip
+    return model
+
+
+ARCHITECTURES = {
+    "vit": vit,
+    "vit_gap": vit_gap,
+    "resnet": resnet,
+    "mixer": mixer,
+    "vit_no_skip_early": lambda: without_skips(vit(), 1),
+    "vit_no_skip_middle": lambda: without_skips(vit(), 4),
+    "vit_no_skip_late": lambda: without_skips(vit(), 6),
+    "resnet_no_skip_middle": lambda: without_skips(resnet(), 6),
+}
 
 
 def build(architecture: str, seed: int) -> nn.Module:

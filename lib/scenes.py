@@ -116,11 +116,12 @@ def _draw_chunk(chunk: int, split: str, seed: int) -> Scenes:
 
 def _one_over_f(n: int, exponent: float, stream: torch.Generator) -> Tensor:
     """Noise (n, 3, 32, 32) of unit deviation whose amplitude falls as 1/f**exponent."""
-    spectrum = torch.fft.rfft2(torch.randn(n, 3, SIZE, SIZE, generator=stream))
+    # In float64: the last bits of a transform depend on the number of threads.
+    spectrum = torch.fft.rfft2(torch.randn(n, 3, SIZE, SIZE, generator=stream).double())
     frequency = torch.hypot(torch.fft.fftfreq(SIZE)[:, None], torch.fft.rfftfreq(SIZE)[None])
     frequency[0, 0] = math.inf
     noise = torch.fft.irfft2(spectrum / frequency**exponent, s=(SIZE, SIZE))
-    return noise / noise.std(dim=(2, 3), keepdim=True)
+    return (noise / noise.std(dim=(2, 3), keepdim=True)).float()
 
 
 def _texture(kind: Tensor, stream: torch.Generator) -> Tensor:

@@ -42,6 +42,18 @@ class Lab:
         "resnet": Role("resnet", Recipe(), "the convolutional network"),
         "resnet_other_seed": Role("resnet", Recipe(seed=1), "its twin from another seed"),
         "mixer": Role("mixer", Recipe(), "the MLP-Mixer: tokens mixed without attention"),
+        "vit_no_skip_early": Role("vit_no_skip_early", Recipe(), "without the skips of block 1"),
+        "vit_no_skip_middle": Role("vit_no_skip_middle", Recipe(), "without the skips of block 4"),
+        "vit_no_skip_late": Role("vit_no_skip_late", Recipe(), "without the skips of block 6"),
+        "resnet_no_skip_middle": Role(
+            "resnet_no_skip_middle", Recipe(), "without the skip of unit 6"
+        ),
+        "vit_data_03": Role("vit", Recipe(distinct=4_800), "trained on 3 % of the scenes"),
+        "vit_data_10": Role("vit", Recipe(distinct=16_000), "trained on 10 % of the scenes"),
+        "vit_data_30": Role("vit", Recipe(distinct=48_000), "trained on 30 % of the scenes"),
+        "resnet_data_03": Role("resnet", Recipe(distinct=4_800), "trained on 3 % of the scenes"),
+        "resnet_data_10": Role("resnet", Recipe(distinct=16_000), "trained on 10 % of the scenes"),
+        "resnet_data_30": Role("resnet", Recipe(distinct=48_000), "trained on 30 % of the scenes"),
     }
 
     def __repr__(self) -> str:
