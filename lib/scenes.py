@@ -54,9 +54,11 @@ def draw(indices, split: str = "train", seed: int = 0) -> Scenes:
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")
     indices = torch.as_tensor(indices, dtype=torch.long)
-    if indices.numel() and indices.min() < 0:
+    if not indices.numel():
+        raise ValueError("no scene was asked for: give at least one index")
+    if indices.min() < 0:
         raise ValueError(f"scenes are numbered from 0; got index {int(indices.min())}")
-    if indices.numel() and indices.max() >= CHUNKS * CHUNK:
+    if indices.max() >= CHUNKS * CHUNK:
         raise ValueError(f"scenes are numbered up to {CHUNKS * CHUNK - 1:,}")
     if not 0 <= seed < 2**12 // len(SPLITS):
         raise ValueError(f"seeds of scenes go from 0 to {2**12 // len(SPLITS) - 1}; got {seed}")

@@ -99,7 +99,7 @@ def train(
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         start, curve, loss_sum, since = (state[k] for k in ("step", "curve", "loss_sum", "since"))
-    began = time.monotonic() - (state["seconds"] if start else 0.0)
+    began = time.monotonic() - (state.get("seconds", 0.0) if start else 0.0)
 
     def save(step):
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}

@@ -91,6 +91,19 @@ def test_a_scene_does_not_depend_on_the_number_of_threads_or_the_process():
     assert len(found) == 1
 
 
+def test_the_clutter_does_not_depend_on_the_number_of_threads():
+    """Before it is rounded to pixels: there a difference in the last bit would rarely show."""
+    found, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            stream = torch.Generator().manual_seed(0)
+            found.append(scenes._one_over_f(512, 1.3, stream))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
 def test_drawing_leaves_the_global_random_stream_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
@@ -141,6 +154,8 @@ def test_mistakes_are_refused():
         scenes.draw([0], "tests")
     with pytest.raises(ValueError, match=r"^scenes are numbered from 0; got index -1$"):
         scenes.draw([3, -1])
+    with pytest.raises(ValueError, match=r"^no scene was asked for: give at least one index$"):
+        scenes.draw([])
 
 
 # The classes --------------------------------------------------------------------------------------
