@@ -114,9 +114,9 @@ def _studies(args):
     for name in STUDIES:
         study = load_study(name)
         print(f"{name}: {type(study).__doc__.splitlines()[0]}")
-        print(f"  {'role':18} {'architecture':13} {'test accuracy':22} what it is for")
+        print(f"  {'role':29} {'architecture':21} {'test accuracy':22} what it is for")
         for role, what in study.roles.items():
-            print(f"  {role:18} {what.architecture:13} {_accuracy(study, role):22} {what.purpose}")
+            print(f"  {role:29} {what.architecture:21} {_accuracy(study, role):22} {what.purpose}")
         print("  and each as <role>_untrained: the same network before its training")
 
 
@@ -161,7 +161,7 @@ def _train(args):
         images = study.role(role).recipe.images
         card = study.cards.get(role)
         took = f"took {card['seconds'] / 60:.0f} min on {card['device']}" if card else "not timed"
-        print(f"  {role:18} {images:,} images ({took})")
+        print(f"  {role:29} {images:,} images ({took})")
     for role in waiting:
         print(role)
         card = study.train(role, checkpoints=folder, device=device)

@@ -29,9 +29,9 @@ class Images:
         return self.pixels.split(size)
 
 
-def scene_images(n: int, split: str = "test", seed: int = 0) -> Images:
+def scene_images(n: int, split: str = "test", seed: int = 0, task: str = "object") -> Images:
     """The first ``n`` scenes of a split, drawn on the spot."""
-    drawn = scenes.draw(range(n), split, seed)
+    drawn = scenes.draw(range(n), split, seed, task)
     return Images(drawn.images, drawn.labels, drawn.boxes)
 
 
@@ -41,8 +41,8 @@ class SceneSet:
     ``SceneSet(n)[indices]`` gives ``(uint8 (k, 3, 32, 32), int64 (k,))`` on the given device.
     """
 
-    def __init__(self, n: int, split: str = "train", seed: int = 0, device="cpu"):
-        self.n, self.split, self.seed = n, split, seed
+    def __init__(self, n: int, split="train", seed: int = 0, device="cpu", task="object"):
+        self.n, self.split, self.seed, self.task = n, split, seed, task
         self.pixels = torch.empty(n, 3, scenes.SIZE, scenes.SIZE, dtype=torch.uint8, device=device)
         self.labels = torch.empty(n, dtype=torch.long, device=device)
         self.drawn = torch.zeros(-(-n // scenes.CHUNK), dtype=torch.bool)
@@ -55,7 +55,7 @@ class SceneSet:
         for chunk in chunks[~self.drawn[chunks]].tolist():
             start = chunk * scenes.CHUNK
             stop = min(start + scenes.CHUNK, self.n)
-            drawn = scenes.draw(range(start, stop), self.split, self.seed)
+            drawn = scenes.draw(range(start, stop), self.split, self.seed, self.task)
             self.pixels[start:stop] = drawn.images.to(self.pixels.device)
             self.labels[start:stop] = drawn.labels.to(self.pixels.device)
             self.drawn[chunk] = True

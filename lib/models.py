@@ -79,21 +79,28 @@ def _vit(**readout) -> nn.Module:
 
 
 class BlockWithoutSkips(Block):
-    """A ViT block that hands on what its attention and its MLP make, and nothing of its input."""
+    """A ViT block that hands on what its attention and its MLP make, and nothing of its input.
+
+    ``skip`` is the share of its input that it still hands on: training may fade it out.
+    """
+
+    skip = 0.0
 
     def forward(self, x, attn_mask=None, is_causal=False):
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-        x = self.drop_path1(self.ls1(attended))
-        return self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = self.skip * x + self.drop_path1(self.ls1(attended))
+        return self.skip * x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class UnitWithoutSkip(PreActBottleneck):
     """A residual unit that hands on what its convolutions make, and nothing of its input."""
 
+    skip = 0.0
+
     def forward(self, x):
-        x = self.conv1(self.norm1(x))
-        x = self.conv2(self.norm2(x))
-        return self.drop_path(self.conv3(self.norm3(x)))
+        made = self.conv1(self.norm1(x))
+        made = self.conv2(self.norm2(made))
+        return self.skip * x + self.drop_path(self.conv3(self.norm3(made)))
 
 
 def without_skips(model: nn.Module, block: int) -> nn.Module:

@@ -6,6 +6,7 @@ Colour, place and size carry no information about the class.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,32 @@ class Scenes(NamedTuple):
     centres: Tensor
 
 
-def draw(indices, split: str = "train", seed: int = 0) -> Scenes:
+class Task(NamedTuple):
+    """What is asked of a scene.
+
+    purpose     : the question, in words
+    labels      : the answers (n,), from scenes
+    wavelengths : of the textures, in pixels
+    """
+
+    purpose: str
+    labels: Callable[[Scenes], Tensor]
+    wavelengths: tuple[float, float] = (3.4, 5.2)
+
+
+TASKS = {
+    "object": Task("shape and texture of the object", lambda drawn: drawn.labels),
+    "fine textures": Task(
+        "the same of objects with finer textures", lambda drawn: drawn.labels, (2.4, 3.4)
+    ),
+    "quadrant": Task(
+        "in which quarter of the picture the object's centre lies",
+        lambda drawn: ((drawn.centres > SIZE / 2).long() * torch.tensor([1, 2])).sum(1),
+    ),
+}
+
+
+def draw(indices, split: str = "train", seed: int = 0, task: str = "object") -> Scenes:
     """Draw scenes by index; the same (split, seed, index) always gives the same scene.
 
     Parameters
@@ -50,7 +76,11 @@ def draw(indices, split: str = "train", seed: int = 0) -> Scenes:
         Splits never share a scene.
     seed : int
         A different seed gives a different, equally distributed set.
+    task : str
+        One of TASKS, whose answers are the labels.
     """
+    if task not in TASKS:
+        raise ValueError(f"there is no task {task!r}; use one of {', '.join(TASKS)}")
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")
     indices = torch.as_tensor(indices, dtype=torch.long)
@@ -63,9 +93,10 @@ def draw(indices, split: str = "train", seed: int = 0) -> Scenes:
     if not 0 <= seed < 2**12 // len(SPLITS):
         raise ValueError(f"seeds of scenes go from 0 to {2**12 // len(SPLITS) - 1}; got {seed}")
     chunks, position = torch.unique(indices // CHUNK, return_inverse=True)
-    drawn = [_draw_chunk(int(chunk), split, seed) for chunk in chunks]
+    drawn = [_draw_chunk(int(chunk), split, seed, TASKS[task].wavelengths) for chunk in chunks]
     rows = position * CHUNK + indices % CHUNK
-    return Scenes(*(torch.cat(field)[rows] for field in zip(*drawn, strict=True)))
+    found = Scenes(*(torch.cat(field)[rows] for field in zip(*drawn, strict=True)))
+    return found._replace(labels=TASKS[task].labels(found))
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -73,7 +104,7 @@ def to_input(images: Tensor) -> Tensor:
     return (images.float() / 255 - 0.5) / 0.25
 
 
-def _draw_chunk(chunk: int, split: str, seed: int) -> Scenes:
+def _draw_chunk(chunk: int, split: str, seed: int, wavelengths: tuple[float, float]) -> Scenes:
     n = CHUNK
     stream = torch.Generator().manual_seed(
         (seed * len(SPLITS) + SPLITS.index(split)) * CHUNKS + chunk
@@ -101,7 +132,9 @@ def _draw_chunk(chunk: int, split: str, seed: int) -> Scenes:
         blob = _coverage(radius - torch.hypot(x - centre[:, 0], y - centre[:, 1]))
         blob_colour = uniform(n, 3, 1, 1, low=0.2, high=0.8)
         kind = torch.randint(len(TEXTURES), (n,), generator=stream)
-        canvas = torch.lerp(canvas, blob_colour + _texture(kind, stream), blob[:, None])
+        canvas = torch.lerp(
+            canvas, blob_colour + _texture(kind, wavelengths, stream), blob[:, None]
+        )
 
     shape = torch.randint(len(SHAPES), (n,), generator=stream)
     texture = torch.randint(len(TEXTURES), (n,), generator=stream)
@@ -109,7 +142,7 @@ def _draw_chunk(chunk: int, split: str, seed: int) -> Scenes:
     radius = uniform(n, 1, 1, low=7.5, high=10)
     angle = uniform(n, 1, 1, low=-1, high=1) * math.radians(15)
     mask = _outline(shape, x - centre[:, 0], y - centre[:, 1], radius, angle)
-    canvas = torch.lerp(canvas, colour + _texture(texture, stream), mask[:, None])
+    canvas = torch.lerp(canvas, colour + _texture(texture, wavelengths, stream), mask[:, None])
 
     canvas = canvas + 0.04 * torch.randn(n, 3, SIZE, SIZE, generator=stream)
     images = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -126,7 +159,7 @@ def _one_over_f(n: int, exponent: float, stream: torch.Generator) -> Tensor:
     return (noise / noise.std(dim=(2, 3), keepdim=True)).float()
 
 
-def _texture(kind: Tensor, stream: torch.Generator) -> Tensor:
+def _texture(kind: Tensor, wavelengths, stream: torch.Generator) -> Tensor:
     """Zero-mean grey textures (n, 1, 32, 32) of the kinds named in TEXTURES.
 
     Each is a sum of plane waves of one wavelength: stripes have one wave, a plaid has two at right
@@ -137,7 +170,8 @@ def _texture(kind: Tensor, stream: torch.Generator) -> Tensor:
     def uniform(*shape, low, high):
         return torch.rand(*shape, generator=stream) * (high - low) + low
 
-    frequency = 2 * math.pi / uniform(n, 1, low=3.4, high=5.2)
+    shortest, longest = wavelengths
+    frequency = 2 * math.pi / uniform(n, 1, low=shortest, high=longest)
     contrast = uniform(n, 1, low=0.4, high=0.8) / 2
     tilt = uniform(n, low=-1, high=1) * math.radians(25)
     phase = uniform(n, waves, low=0, high=2 * math.pi)

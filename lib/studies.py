@@ -4,6 +4,7 @@ Chapters speak of roles (``vit``, ``resnet``, ``vit_untrained``) and never of ch
 """
 
 import dataclasses
+import difflib
 import functools
 import json
 import shutil
@@ -13,21 +14,29 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lib import images, models, records, scenes, training
+from lib.scenes import TASKS
 from lib.training import Recipe
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 RUNS = records.ROOT / "runs"
 TEST_IMAGES = 4096
 UNTRAINED = "_untrained"
+TUNING = Recipe(images=16_000, distinct=16_000, lr=3e-4, warmup_steps=50, seed=7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """A network of a study: its architecture, how it was trained, and what it is for."""
+    """A network of a study: its architecture, how it was trained, and what it is for.
+
+    A role with a ``start`` is that role's network trained further, on a ``task`` of its own and
+    with a new classifier.
+    """
 
     architecture: str
     recipe: Recipe
     purpose: str
+    start: str | None = None
+    task: str = "object"
 
 
 class Lab:
@@ -42,9 +51,15 @@ class Lab:
         "resnet": Role("resnet", Recipe(), "the convolutional network"),
         "resnet_other_seed": Role("resnet", Recipe(seed=1), "its twin from another seed"),
         "mixer": Role("mixer", Recipe(), "the MLP-Mixer: tokens mixed without attention"),
-        "vit_no_skip_early": Role("vit_no_skip_early", Recipe(), "without the skips of block 1"),
-        "vit_no_skip_middle": Role("vit_no_skip_middle", Recipe(), "without the skips of block 4"),
-        "vit_no_skip_late": Role("vit_no_skip_late", Recipe(), "without the skips of block 6"),
+        "vit_no_skip_early": Role(
+            "vit_no_skip_early", Recipe(fade=0.3), "without the skips of block 1"
+        ),
+        "vit_no_skip_middle": Role(
+            "vit_no_skip_middle", Recipe(fade=0.3), "without the skips of block 4"
+        ),
+        "vit_no_skip_late": Role(
+            "vit_no_skip_late", Recipe(fade=0.3), "without the skips of block 6"
+        ),
         "resnet_no_skip_middle": Role(
             "resnet_no_skip_middle", Recipe(), "without the skip of unit 6"
         ),
@@ -54,6 +69,17 @@ class Lab:
         "resnet_data_03": Role("resnet", Recipe(distinct=4_800), "trained on 3 % of the scenes"),
         "resnet_data_10": Role("resnet", Recipe(distinct=16_000), "trained on 10 % of the scenes"),
         "resnet_data_30": Role("resnet", Recipe(distinct=48_000), "trained on 30 % of the scenes"),
+        **{
+            f"{start}_tuned_{task.replace(' ', '_')}": Role(
+                architecture, TUNING, f"{start} trained further: {TASKS[task].purpose}", start, task
+            )
+            for start, architecture in (
+                ("vit", "vit"),
+                ("vit_other_seed", "vit"),
+                ("resnet", "resnet"),
+            )
+            for task in TASKS
+        },
     }
 
     def __repr__(self) -> str:
@@ -71,25 +97,32 @@ class Lab:
         """The role of a name; ``<role>_untrained`` is the same network before its training."""
         base = name.removesuffix(UNTRAINED)
         if base not in self.roles:
+            near = difflib.get_close_matches(base, self.roles, n=1) or ["vit"]
             raise ValueError(
-                f"the study {self.name!r} has no role {name!r}; it has {', '.join(self.roles)}, "
-                f"each also as <role>{UNTRAINED}"
+                f"the study {self.name!r} has no role {name!r} (is it {near[0]!r} you mean?); "
+                f"`python -m lib studies` lists them, and each is also there as <role>{UNTRAINED}"
             )
         return self.roles[base]
 
     def model(self, name: str) -> nn.Module:
         """The network that plays a role, in evaluation mode."""
         role = self.role(name)
-        model = models.build(role.architecture, role.recipe.seed)
         if name.endswith(UNTRAINED):
-            return model
+            return self._untrained(role)
         path = CHECKPOINTS / f"{name}.safetensors"
         if not path.exists():
             raise FileNotFoundError(
                 f"no weights for the role {name!r} in {CHECKPOINTS.name}/; "
                 f"train them with: python -m lib train {name}"
             )
-        return training.read_checkpoint(model, path)
+        return training.read_checkpoint(self._untrained(role), path)
+
+    def _untrained(self, role: Role) -> nn.Module:
+        model = models.build(role.architecture, role.recipe.seed)
+        if role.start:
+            head = {key: p for key, p in model.state_dict().items() if key.startswith("head.")}
+            model.load_state_dict(self.model(role.start).state_dict() | head)
+        return model
 
     def train(self, name: str, folder=RUNS, checkpoints=CHECKPOINTS, device="cpu") -> dict:
         """Train a role, or go on where its training stopped, and write its checkpoint and card.
@@ -100,12 +133,14 @@ class Lab:
         if name.endswith(UNTRAINED):
             raise ValueError(f"{name!r} is not trained; that is the point of it")
         recipe, folder = role.recipe, Path(folder) / self.name / name
-        model = models.build(role.architecture, recipe.seed)
-        data = images.SceneSet(recipe.distinct, device=device)
-        val = images.scene_images(1024, "val")
+        model = self._untrained(role)
+        # Further training is on scenes of another seed, which its start has not seen.
+        seed = int(role.start is not None)
+        data = images.SceneSet(recipe.distinct, seed=seed, device=device, task=role.task)
+        val = images.scene_images(1024, "val", task=role.task)
         curve = training.train(model, recipe, data, (val.pixels, val.labels), folder, device)
 
-        test = images.scene_images(TEST_IMAGES)
+        test = images.scene_images(TEST_IMAGES, task=role.task)
         model = model.cpu().half().float()
         right = round(training.score(model, test.pixels, test.labels) * len(test))
         low, high = training.accuracy_interval(right, len(test))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib import scenes
+from lib.models import BlockWithoutSkips, UnitWithoutSkip
 from lib.taps import unfused_attention
 
 CURVE_POINTS = 50
@@ -34,6 +35,8 @@ class Recipe:
     distinct   : how many different images there are among them
     batch_size : images per step
     lr, warmup_steps, weight_decay, clip, betas : of AdamW and its schedule
+    fade       : share of the steps over which skip connections that are to be removed fade out;
+                 0 trains without them from the start
     seed       : of the initial weights and of the order of the images
     """
 
@@ -45,6 +48,7 @@ class Recipe:
     weight_decay: float = 0.05
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.98)
+    fade: float = 0.0
     seed: int = 0
 
     @property
@@ -55,6 +59,10 @@ class Recipe:
         """Learning rate at a step: linear warm-up, then cosine to zero."""
         warm = min(1.0, (step + 1) / self.warmup_steps)
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def skip(self, step: int) -> float:
+        """What is left at a step of the skip connections that fade out."""
+        return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 0.0
 
 
 def train(
@@ -114,6 +122,7 @@ def train(
     point = max(1, recipe.steps // CURVE_POINTS)
     keep = max(1, recipe.steps // SAVES)
     device_type = torch.device(device).type
+    cut = [m for m in model.modules() if isinstance(m, BlockWithoutSkips | UnitWithoutSkip)]
     with unfused_attention(model):  # on a CPU the fused kernel's backward pass is the slower one
         model.train()
         progress = tqdm(range(start, end), initial=start, total=recipe.steps, unit="step")
@@ -123,6 +132,8 @@ def train(
                 pixels, labels = data[_order(recipe, step)]
                 for group in optimiser.param_groups:
                     group["lr"] = recipe.rate(step)
+                for block in cut:
+                    block.skip = recipe.skip(step)
                 with torch.autocast(device_type, dtype=torch.bfloat16):
                     logits = model(scenes.to_input(pixels.to(device)))
                 loss = F.cross_entropy(logits.float(), labels.to(device))

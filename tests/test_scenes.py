@@ -158,6 +158,35 @@ def test_mistakes_are_refused():
         scenes.draw([])
 
 
+# Tasks --------------------------------------------------------------------------------------------
+
+
+def test_the_quadrant_is_that_of_the_objects_centre(many):
+    drawn = scenes.draw(range(1024), task="quadrant")
+    assert torch.equal(drawn.images, many.images[:1024])
+    for label, (x, y) in zip(drawn.labels.tolist(), drawn.centres.tolist(), strict=True):
+        assert label == (x > 16) + 2 * (y > 16)
+    assert drawn.labels.bincount().min() > 200
+
+
+def test_fine_textures_are_finer_and_nothing_else(many):
+    drawn = scenes.draw(range(512), task="fine textures")
+    assert torch.equal(drawn.labels, many.labels[:512])
+    assert torch.equal(drawn.boxes, many.boxes[:512])
+
+    # Within the object neighbours differ more: wavelengths are about two thirds.
+    def roughness(images):
+        middle = images[:, :, 12:20, 12:20].float().mean(1)
+        return float(middle.diff(dim=2).square().mean() + middle.diff(dim=1).square().mean())
+
+    assert 1.3 < roughness(drawn.images) / roughness(many.images[:512]) < 2.5
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match=r"^there is no task 'objects'; use one of object, fine"):
+        scenes.draw([0], task="objects")
+
+
 # The classes --------------------------------------------------------------------------------------
 
 
@@ -242,7 +271,7 @@ def object_in(image: np.ndarray) -> np.ndarray | None:
 def test_boxes_fit_the_objects_in_the_pictures(monkeypatch):
     # Without textures the object has one colour, which gives it away without any knowledge of
     # how it was drawn. A blob of the same colour beside it spoils a few scenes.
-    monkeypatch.setattr(scenes, "_texture", lambda kind, _: torch.zeros(len(kind), 1, 32, 32))
+    monkeypatch.setattr(scenes, "_texture", lambda kind, *_: torch.zeros(len(kind), 1, 32, 32))
     drawn = scenes.draw(range(640), "test", 5)
     off = []
     for image, box in zip(drawn.images.numpy() / 255.0, drawn.boxes.numpy(), strict=True):
@@ -312,7 +341,7 @@ def test_all_textures_have_the_same_mean_and_variance():
     n = 2048
     for kind in range(4):
         stream = torch.Generator().manual_seed(kind)
-        texture = scenes._texture(torch.full((n,), kind), stream)
+        texture = scenes._texture(torch.full((n,), kind), (3.4, 5.2), stream)
         assert texture.shape == (n, 1, 32, 32)
         # Half the mean square of an amplitude that is uniform in 0.2..0.4.
         expected = (0.4**3 - 0.2**3) / (3 * 0.2) / 2
@@ -324,7 +353,7 @@ def test_a_texture_is_the_sum_of_waves_it_should_be():
     # A stripe repeats after one wavelength, 3.4 to 5.2 pixels: its spectrum has its peak there.
     stream = torch.Generator().manual_seed(0)
     for kind, peaks in ((0, 1), (1, 1), (2, 2)):
-        texture = scenes._texture(torch.full((256,), kind), stream)[:, 0]
+        texture = scenes._texture(torch.full((256,), kind), (3.4, 5.2), stream)[:, 0]
         power = torch.fft.fft2(texture).abs().square()
         axis = torch.fft.fftfreq(32)
         frequency = torch.hypot(axis[:, None], axis[None])

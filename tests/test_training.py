@@ -1,5 +1,6 @@
 """Training is a recipe: interrupted or not, it ends in the same weights, bit for bit."""
 
+import dataclasses
 import json
 import math
 import re
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lib import training
+from lib import models, training
 from lib.training import Recipe
 
 # 100 steps, 10 to an epoch: a point of the curve every 2 and a saved state every 5.
@@ -397,3 +398,32 @@ def test_the_card_is_written_last(checkpoint, monkeypatch):
         training.write_checkpoint(network(seed=1), {"role": "another"}, checkpoint)
     assert checkpoint.read_bytes() == before
     assert json.loads(checkpoint.with_suffix(".json").read_text())["role"] == "net"
+
+
+# Skip connections that fade out -------------------------------------------------------------------
+
+
+def test_skips_fade_from_whole_to_nothing():
+    recipe = dataclasses.replace(SHORT, fade=0.25)
+    assert [recipe.skip(step) for step in (0, 5, 20, 25, 99)] == pytest.approx([1, 0.8, 0.2, 0, 0])
+    assert SHORT.skip(0) == SHORT.skip(99) == 0
+
+
+def test_a_network_ends_without_the_skips_that_fade(tmp_path):
+    model = models.without_skips(network(), 0)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda block, _: seen.append(block.skip))
+    recipe = dataclasses.replace(SHORT, fade=0.25)
+    train(tmp_path, model, recipe=recipe, stop_after=30)
+    in_training = [skip for skip in seen if skip > 0]
+    assert max(in_training) == 1
+    assert min(in_training) == pytest.approx(0.04)
+    assert model.blocks[0].skip == 0
+
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        block = model.blocks[0]
+        z = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        z = block.attn(block.norm1(z))
+        z = block.mlp(block.norm2(z))
+        torch.testing.assert_close(model.forward_features(x), model.norm(z))
