@@ -7,7 +7,7 @@ never trained, and networks trained from another seed.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,8 @@ class Claim:
     meaning   : what the statistic is, in words
     threshold : the claim holds where the statistic is above it (below it, if ``below``)
     roles     : the networks the statistic speaks of
+    below     : the claim holds below its threshold
+    other_seed: who plays the roles in the twin from another seed; by default each role's own
     """
 
     key: str
@@ -41,6 +43,7 @@ class Claim:
     threshold: float
     roles: tuple[str, ...]
     below: bool = False
+    other_seed: Mapping[str, str] | None = None
 
     def holds(self, estimate: "Estimate") -> str:
         """Verdict of one estimate alone, by where its interval lies."""
@@ -125,15 +128,20 @@ def judge(claim: Claim, record: xr.Dataset) -> Judgement:
     if missing := [role for role in claim.roles if role not in known]:
         raise ValueError(f"claim {claim.key!r} needs the role {missing[0]!r}, not in this record")
 
-    def twin(suffix, enough):
-        cast = {role: role + suffix for role in claim.roles if role + suffix in known}
-        return (
-            estimate(claim, record, cast) if enough(role in cast for role in claim.roles) else None
-        )
+    def known_twins(suffix):
+        return {role: role + suffix for role in claim.roles if role + suffix in known}
 
     # One network from another seed makes another pair; one untrained network no untrained pair.
-    other_seed, untrained = twin("_other_seed", any), twin("_untrained", all)
-    return decide(claim, estimate(claim, record), other_seed, untrained)
+    other_seed = known_twins("_other_seed") if claim.other_seed is None else claim.other_seed
+    if not set(other_seed.values()) <= known:
+        other_seed = {}
+    untrained = known_twins("_untrained")
+    return decide(
+        claim,
+        estimate(claim, record),
+        estimate(claim, record, other_seed) if other_seed else None,
+        estimate(claim, record, untrained) if len(untrained) == len(claim.roles) else None,
+    )
 
 
 def estimate(claim: Claim, record: xr.Dataset, cast: dict[str, str] | None = None) -> Estimate:
@@ -283,6 +291,40 @@ def _mixer_kinship(maps: Maps) -> float:
     return float(maps["mixer", "vit"].mean() - maps["mixer", "resnet"].mean())
 
 
+def _deficit(maps: Maps) -> np.ndarray:
+    """What less data costs each block in CKA with a full-data network, against the ceiling.
+
+    The reference is a network from another seed, for which the full-data twin is the ceiling: both
+    pairs differ in their initial weights.
+    """
+    reference = "vit_other_seed"
+    return np.diagonal(maps["vit", reference]) - np.diagonal(maps["vit_data_10", reference])
+
+
+def _late_deficit(maps: Maps) -> float:
+    """Mean deficit of the last third of the blocks minus that of the first third."""
+    deficit = _deficit(maps)
+    third = max(1, round(len(deficit) / 3))
+    return float(deficit[-third:].mean() - deficit[:third].mean())
+
+
+def _drift(maps: Maps, tuned: str) -> np.ndarray:
+    """How far each block has moved from where it was before the further training: 1 - CKA."""
+    return 1 - np.diagonal(maps[tuned.partition("_tuned")[0], tuned])
+
+
+def _early_drift(maps: Maps) -> float:
+    drift = _drift(maps, "vit_tuned_quadrant")
+    return float(drift[: max(1, round(len(drift) / 3))].max())
+
+
+def _distant_drift(maps: Maps) -> float:
+    """Drift of the last third for the distant task minus that for the related one."""
+    distant, related = (_drift(maps, f"vit_tuned_{task}") for task in ("quadrant", "fine_textures"))
+    third = max(1, round(len(distant) / 3))
+    return float((distant - related)[-third:].mean())
+
+
 CLAIMS = {
     claim.key: claim
     for claim in (
@@ -369,6 +411,73 @@ CLAIMS = {
             0.02,
             ("vit", "resnet"),
             below=True,
+        ),
+        Claim(
+            "E16-late",
+            "What less data costs a ViT, it costs in the later blocks.",
+            "Fig. 12",
+            _late_deficit,
+            "loss of CKA with a full-data ViT, trained on 10 %, last third of blocks minus first,",
+            0.0,
+            ("vit_data_10", "vit", "vit_other_seed"),
+            other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
+        ),
+        Claim(
+            "E16-early",
+            "The early blocks of a ViT need little data.",
+            "Fig. 12",
+            lambda maps: float(_deficit(maps)[: max(1, round(len(_deficit(maps)) / 3))].mean()),
+            "loss of CKA with a full-data ViT, trained on 10 %, first third of blocks,",
+            0.1,
+            ("vit_data_10", "vit", "vit_other_seed"),
+            below=True,
+            other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
+        ),
+        Claim(
+            "E17-middle",
+            "More data makes the middle of a ViT more useful.",
+            "Fig. 13",
+            None,
+            "probe accuracy of the middle third of blocks, all data minus 10 %,",
+            0.0,
+            ("vit", "vit_data_10"),
+        ),
+        Claim(
+            "E18-middle",
+            "In the middle a ViT knows more than a ResNet at the same depth.",
+            "Fig. 13",
+            None,
+            "probe accuracy of the middle third of blocks or units, ViT minus ResNet,",
+            0.0,
+            ("vit", "resnet"),
+        ),
+        Claim(
+            "E19-early",
+            "Trained further on another task, the early blocks of a ViT stay as they are.",
+            "appendix G",
+            _early_drift,
+            "largest 1 - CKA of the first third of blocks with themselves before, quadrant task,",
+            0.05,
+            ("vit", "vit_tuned_quadrant"),
+            below=True,
+            other_seed={
+                "vit": "vit_other_seed",
+                "vit_tuned_quadrant": "vit_other_seed_tuned_quadrant",
+            },
+        ),
+        Claim(
+            "E19-distant",
+            "The late blocks move more the more distant the task.",
+            "appendix G",
+            _distant_drift,
+            "1 - CKA of the last third of blocks with themselves before, quadrant minus textures,",
+            0.0,
+            ("vit", "vit_tuned_quadrant", "vit_tuned_fine_textures"),
+            other_seed={
+                "vit": "vit_other_seed",
+                "vit_tuned_quadrant": "vit_other_seed_tuned_quadrant",
+                "vit_tuned_fine_textures": "vit_other_seed_tuned_fine_textures",
+            },
         ),
     )
 }

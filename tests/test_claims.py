@@ -23,6 +23,7 @@ from lib.claims import (
     estimate,
     judge,
 )
+from lib.studies import Lab
 from lib.taps import tap_names
 
 # Verdicts -----------------------------------------------------------------------------------------
@@ -376,6 +377,31 @@ def test_untrained_means_that_no_network_of_the_claim_was_trained():
     assert judged(0.8, both, vit_other_seed=0.6).other_seed.value == pytest.approx(0.7, abs=0.01)
 
 
+def test_a_claim_may_name_its_twin():
+    """Of further training the twin is further training from another seed's network."""
+    layers = {
+        role: {"blocks.0": True, "blocks.1": True}
+        for role in ("vit", "vit_tuned", "vit_other_seed", "vit_other_seed_tuned")
+    }
+
+    def cells(a, i, b, j):
+        return {("vit", "vit_tuned"): 0.8, ("vit_other_seed", "vit_other_seed_tuned"): 0.6}.get(
+            tuple(sorted((a, b), key=len)), 0.5
+        )
+
+    twin = {"vit": "vit_other_seed", "vit_tuned": "vit_other_seed_tuned"}
+    claim = claim_of(
+        lambda maps: float(maps["vit", "vit_tuned"][0, 0]),
+        roles=("vit", "vit_tuned"),
+        other_seed=twin,
+    )
+    judgement = judge(claim, record_of(cells, layers))
+    assert judgement.trained.value == pytest.approx(0.8, abs=0.05)
+    assert judgement.other_seed.value == pytest.approx(0.6, abs=0.05)
+    without = {role: layers[role] for role in ("vit", "vit_tuned", "vit_other_seed")}
+    assert judge(claim, record_of(cells, without)).other_seed is None
+
+
 def test_a_missing_role_is_named():
     record = record_of(lambda a, i, b, j: 0.5, small("vit"))
     with pytest.raises(ValueError, match=r"^claim 'E01-uniform' needs the role 'resnet', not in"):
@@ -396,6 +422,12 @@ FROZEN = {
     "E22-blocks": (">", 0.0),
     "E22-kinship": (">", 0.0),
     "E23-batch-size": ("<", 0.02),
+    "E16-late": (">", 0.0),
+    "E16-early": ("<", 0.1),
+    "E17-middle": (">", 0.0),
+    "E18-middle": (">", 0.0),
+    "E19-early": ("<", 0.05),
+    "E19-distant": (">", 0.0),
 }
 
 
@@ -411,15 +443,18 @@ def test_claims_are_complete():
         assert claim.source
         assert claim.meaning
         assert claim.roles
-        assert set(claim.roles) <= {"vit", "vit_gap", "resnet", "mixer"}
+        assert set(claim.roles) <= set(Lab.roles)
+        if claim.other_seed is not None:
+            assert set(claim.other_seed) <= set(claim.roles)
+            assert set(claim.other_seed.values()) <= set(Lab.roles)
 
 
 @pytest.fixture(scope="module")
 def networks():
     """The blocks of the lab's networks by their real names, and all taps of the ViT."""
     found = {}
-    for name in models.ARCHITECTURES:
-        model = models.build(name, 0)
+    for name, role in Lab.roles.items():
+        model = models.build(role.architecture, 0)
         ends = tap_names(model, "blocks")
         taps = tap_names(model, "all") if name == "vit" else ends
         found[name] = {tap: tap in ends for tap in taps}
@@ -484,6 +519,11 @@ def kin(*pair):
     return lambda a, x, i, b, y, j: 0.8 if {a, b} == set(pair) else 0.4
 
 
+def pair(role, value):
+    """CKA of that network with others is ``value(depth)``, everything else is alike."""
+    return lambda a, x, i, b, y, j: value(max(x, y)) if (a == role) != (b == role) else 0.99
+
+
 WORLDS = {
     # claim: (a world in which it is true, one in which it is false)
     "E01-uniform": (uniform("vit"), uniform("resnet")),
@@ -497,7 +537,25 @@ WORLDS = {
     "E21-diagonal": (diagonal(1), diagonal(-1)),
     "E22-blocks": (two_parts("mixer"), two_parts("vit")),
     "E22-kinship": (kin("mixer", "vit"), kin("mixer", "resnet")),
+    "E16-late": (
+        pair("vit_data_10", lambda x: 0.9 - 0.6 * x),
+        pair("vit_data_10", lambda x: 0.3 + 0.6 * x),
+    ),
+    "E16-early": (
+        pair("vit_data_10", lambda x: 0.99 if x < 0.5 else 0.2),
+        pair("vit_data_10", lambda x: 0.99 if x > 0.5 else 0.8),
+    ),
+    "E19-early": (
+        pair("vit_tuned_quadrant", lambda x: 0.98 if x < 0.5 else 0.2),
+        pair("vit_tuned_quadrant", lambda x: 0.98 if x != 0 else 0.9),
+    ),
+    "E19-distant": (
+        pair("vit_tuned_quadrant", lambda x: 0.9 - 0.3 * x),
+        pair("vit_tuned_fine_textures", lambda x: 0.9 - 0.3 * x),
+    ),
 }
+# Layers that are half alike have not stayed as they were, whatever the noise.
+NOISE = {"E19-early": CONTRADICTED}
 
 
 def test_every_claim_about_maps_has_its_worlds():
@@ -525,7 +583,7 @@ def test_a_claim_is_not_true_of_noise(key, networks):
     claim = CLAIMS[key]
     layers = {role: networks[role] for role in claim.roles}
     record = record_of(lambda a, i, b, j: 0.5, layers, noise=0.1, seed=3)
-    assert judge(claim, record).verdict == INCONCLUSIVE
+    assert judge(claim, record).verdict == NOISE.get(key, INCONCLUSIVE)
 
 
 def test_the_claim_about_minibatches_comes_out_as_its_numbers_are():
