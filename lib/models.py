@@ -150,3 +150,22 @@ def multiply_adds(model: nn.Module, size: int = scenes.SIZE) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2
+
+
+def work_until(model: nn.Module, layers, size: int = scenes.SIZE) -> dict[str, float]:
+    """Share of a forward pass's multiply-adds that are done when each of some modules is done."""
+    modules, done = dict(model.named_modules()), {}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        handles = [
+            modules[name].register_forward_hook(
+                lambda *_, name=name: done.update({name: counter.get_total_flops()})
+            )
+            for name in layers
+        ]
+        try:
+            model(torch.zeros(1, 3, size, size))
+        finally:
+            for handle in handles:
+                handle.remove()
+        total = counter.get_total_flops()
+    return {name: done[name] / total for name in layers}
