@@ -314,13 +314,13 @@ def _drift(maps: Maps, tuned: str) -> np.ndarray:
 
 
 def _early_drift(maps: Maps) -> float:
-    drift = _drift(maps, "vit_tuned_quadrant")
+    drift = _drift(maps, "vit_tuned_colour")
     return float(drift[: max(1, round(len(drift) / 3))].max())
 
 
 def _distant_drift(maps: Maps) -> float:
     """Drift of the last third for the distant task minus that for the related one."""
-    distant, related = (_drift(maps, f"vit_tuned_{task}") for task in ("quadrant", "fine_textures"))
+    distant, related = (_drift(maps, f"vit_tuned_{task}") for task in ("colour", "fine_textures"))
     third = max(1, round(len(distant) / 3))
     return float((distant - related)[-third:].mean())
 
@@ -456,13 +456,13 @@ CLAIMS = {
             "Trained further on another task, the early blocks of a ViT stay as they are.",
             "appendix G",
             _early_drift,
-            "largest 1 - CKA of the first third of blocks with themselves before, quadrant task,",
+            "largest 1 - CKA of the first third of blocks with themselves before, colour task,",
             0.05,
-            ("vit", "vit_tuned_quadrant"),
+            ("vit", "vit_tuned_colour"),
             below=True,
             other_seed={
                 "vit": "vit_other_seed",
-                "vit_tuned_quadrant": "vit_other_seed_tuned_quadrant",
+                "vit_tuned_colour": "vit_other_seed_tuned_colour",
             },
         ),
         Claim(
@@ -470,12 +470,12 @@ CLAIMS = {
             "The late blocks move more the more distant the task.",
             "appendix G",
             _distant_drift,
-            "1 - CKA of the last third of blocks with themselves before, quadrant minus textures,",
+            "1 - CKA of the last third of blocks with themselves before, colour minus textures,",
             0.0,
-            ("vit", "vit_tuned_quadrant", "vit_tuned_fine_textures"),
+            ("vit", "vit_tuned_colour", "vit_tuned_fine_textures"),
             other_seed={
                 "vit": "vit_other_seed",
-                "vit_tuned_quadrant": "vit_other_seed_tuned_quadrant",
+                "vit_tuned_colour": "vit_other_seed_tuned_colour",
                 "vit_tuned_fine_textures": "vit_other_seed_tuned_fine_textures",
             },
         ),

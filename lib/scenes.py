@@ -32,12 +32,14 @@ class Scenes(NamedTuple):
     labels  : int64 (n,), ``shape * 4 + texture``
     boxes   : float32 (n, 4), the object's ``x0, y0, x1, y1`` in pixels, edges included
     centres : float32 (n, 2), the object's ``x, y`` in pixels
+    colours : float32 (n, 3), the object's mean colour, 0 to 1
     """
 
     images: Tensor
     labels: Tensor
     boxes: Tensor
     centres: Tensor
+    colours: Tensor
 
 
 class Task(NamedTuple):
@@ -58,9 +60,9 @@ TASKS = {
     "fine textures": Task(
         "the same of objects with finer textures", lambda drawn: drawn.labels, (2.4, 3.4)
     ),
-    "quadrant": Task(
-        "in which quarter of the picture the object's centre lies",
-        lambda drawn: ((drawn.centres > SIZE / 2).long() * torch.tensor([1, 2])).sum(1),
+    "colour": Task(
+        "which of red, green and blue the object has much of",
+        lambda drawn: ((drawn.colours > 0.5).long() * torch.tensor([1, 2, 4])).sum(1),
     ),
 }
 
@@ -146,7 +148,8 @@ def _draw_chunk(chunk: int, split: str, seed: int, wavelengths: tuple[float, flo
 
     canvas = canvas + 0.04 * torch.randn(n, 3, SIZE, SIZE, generator=stream)
     images = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Scenes(images, shape * len(TEXTURES) + texture, _boxes(mask), centre[:, :, 0, 0])
+    labels = shape * len(TEXTURES) + texture
+    return Scenes(images, labels, _boxes(mask), centre[:, :, 0, 0], colour[:, :, 0, 0])
 
 
 def _one_over_f(n: int, exponent: float, stream: torch.Generator) -> Tensor:

@@ -546,11 +546,11 @@ WORLDS = {
         pair("vit_data_10", lambda x: 0.99 if x > 0.5 else 0.8),
     ),
     "E19-early": (
-        pair("vit_tuned_quadrant", lambda x: 0.98 if x < 0.5 else 0.2),
-        pair("vit_tuned_quadrant", lambda x: 0.98 if x != 0 else 0.9),
+        pair("vit_tuned_colour", lambda x: 0.98 if x < 0.5 else 0.2),
+        pair("vit_tuned_colour", lambda x: 0.98 if x != 0 else 0.9),
     ),
     "E19-distant": (
-        pair("vit_tuned_quadrant", lambda x: 0.9 - 0.3 * x),
+        pair("vit_tuned_colour", lambda x: 0.9 - 0.3 * x),
         pair("vit_tuned_fine_textures", lambda x: 0.9 - 0.3 * x),
     ),
 }

@@ -41,8 +41,8 @@ def each(pixels) -> list[str]:
 
 
 def test_fields_have_the_documented_shapes_and_ranges(many):
-    assert [tuple(field.shape) for field in many] == [(N, 3, 32, 32), (N,), (N, 4), (N, 2)]
-    kinds = [torch.uint8, torch.int64, torch.float32, torch.float32]
+    assert [tuple(field.shape) for field in many] == [(N, 3, 32, 32), (N,), (N, 4), (N, 2), (N, 3)]
+    kinds = [torch.uint8, torch.int64, *3 * [torch.float32]]
     assert [field.dtype for field in many] == kinds
     assert len(scenes.CLASSES) == len(set(scenes.CLASSES)) == 16
     assert many.labels.unique().tolist() == list(range(16))
@@ -55,6 +55,8 @@ def test_fields_have_the_documented_shapes_and_ranges(many):
     assert (x1 > x0).all()
     assert (y1 > y0).all()
     assert ((many.centres - 16).abs() <= 4).all()
+    assert many.colours.min() >= 0
+    assert many.colours.max() <= 1
 
 
 def test_a_scene_does_not_depend_on_its_batch_or_their_order(many):
@@ -161,12 +163,19 @@ def test_mistakes_are_refused():
 # Tasks --------------------------------------------------------------------------------------------
 
 
-def test_the_quadrant_is_that_of_the_objects_centre(many):
-    drawn = scenes.draw(range(1024), task="quadrant")
+def test_the_colour_is_that_of_the_object(many):
+    drawn = scenes.draw(range(1024), task="colour")
     assert torch.equal(drawn.images, many.images[:1024])
-    for label, (x, y) in zip(drawn.labels.tolist(), drawn.centres.tolist(), strict=True):
-        assert label == (x > 16) + 2 * (y > 16)
-    assert drawn.labels.bincount().min() > 200
+    bars = (many.labels[:1024] // 4 == 0).nonzero()[:, 0].tolist()
+    right = 0
+    for number in bars:
+        x, y = many.centres[number].round().long().tolist()
+        # Bars have nothing but their colour and a texture of mean zero around their centre.
+        seen = drawn.images[number, :, y - 3 : y + 3, x - 3 : x + 3].float().mean((1, 2)) / 255
+        assert seen == pytest.approx(drawn.colours[number].clamp(0, 1), abs=0.15)
+        right += drawn.labels[number] == sum(2**c for c in range(3) if seen[c] > 0.5)
+    assert right > 0.97 * len(bars)
+    assert drawn.labels.bincount().min() > 90
 
 
 def test_fine_textures_are_finer_and_nothing_else(many):

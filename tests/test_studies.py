@@ -85,7 +85,7 @@ def test_a_twin_from_another_seed_differs_in_nothing_else(lab):
 def test_a_role_that_starts_from_another_has_its_weights_and_a_classifier_of_its_own(lab):
     tuned = [name for name, role in lab.roles.items() if role.start]
     assert {lab.roles[name].task for name in tuned} == set(TASKS)
-    for name in ("vit_tuned_quadrant", "resnet_tuned_fine_textures"):
+    for name in ("vit_tuned_colour", "resnet_tuned_fine_textures"):
         role = lab.roles[name]
         start, before = lab.model(role.start), lab.model(f"{name}_untrained")
         fresh = models.build(role.architecture, role.recipe.seed).state_dict()
