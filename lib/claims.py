@@ -251,6 +251,11 @@ def kind_contrast(square: np.ndarray, layers: list[str]) -> float:
     return float(np.nanmean(square[alike]) - np.nanmean(square[unlike]))
 
 
+def across(square: np.ndarray, cut: int) -> float:
+    """Mean CKA between the layers before a cut and those from it on; ``cut`` counts from 0."""
+    return float(np.mean(square[:cut, cut:]))
+
+
 def _contrast(square: np.ndarray, labels: np.ndarray) -> float:
     same = labels[:, None] == labels[None]
     off_diagonal = ~np.eye(len(square), dtype=bool)
@@ -281,6 +286,14 @@ def _last_third_deficit(maps: Maps) -> float:
 
 def _mixer_kinship(maps: Maps) -> float:
     return float(maps["mixer", "vit"].mean() - maps["mixer", "resnet"].mean())
+
+
+def _partition(maps: Maps) -> float:
+    intact, cut = maps["vit", "vit"], maps["vit_no_skip_middle", "vit_no_skip_middle"]
+    return across(intact, MIDDLE) - across(cut, MIDDLE)
+
+
+MIDDLE = 4  # the block without skips of the role vit_no_skip_middle
 
 
 CLAIMS = {
@@ -369,6 +382,91 @@ CLAIMS = {
             0.02,
             ("vit", "resnet"),
             below=True,
+        ),
+        # Worked out in their chapter from lib.residual's statistics of the same names.
+        Claim(
+            "E08-crossing",
+            "Early, the class token is carried by the skips more than the patches are; late, less.",
+            "Fig. 7",
+            None,
+            "class token's over patches' norm ratio, in doublings: the smaller of how far above in "
+            "the first half of the blocks and how far below in the second,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E08-above-resnet",
+            "The skips of a ViT carry more, relative to the branches, than those of a ResNet.",
+            "Fig. 7",
+            None,
+            "norm ratio of patches over that of the ResNet's locations at equal depth, in "
+            "doublings, median over depths,",
+            0.0,
+            ("vit", "resnet"),
+        ),
+        Claim(
+            "E09-class-late",
+            "The class token is changed late.",
+            "Fig. E.1",
+            None,
+            "class token's norm ratio in the first over that in the second half, in doublings,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E09-class-mlp",
+            "What changes the class token late is mostly the MLP.",
+            "Fig. E.1",
+            None,
+            "class token's norm ratio at attentions over that at MLPs of the second half, in "
+            "doublings,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E10-patches-rise",
+            "The direction of patch tokens is changed less and less with depth.",
+            "Fig. E.2",
+            None,
+            "cosine of skip and output for patches, second half of the blocks minus first,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E10-patches-end",
+            "In the end it is hardly changed at all.",
+            "Fig. E.2",
+            None,
+            "cosine of skip and output for patches in the last block",
+            0.9,
+            ("vit",),
+        ),
+        Claim(
+            "E10-class-falls",
+            "The direction of the class token is changed more and more with depth.",
+            "Fig. E.2",
+            None,
+            "cosine of skip and output for the class token, first half of the blocks minus second,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E11-partition",
+            "Without the skips of a middle block, the layers before and after it are unlike.",
+            "Fig. 8",
+            _partition,
+            "mean CKA of blocks before the cut with those after, intact minus cut,",
+            0.1,
+            ("vit", "vit_no_skip_middle"),
+        ),
+        Claim(
+            "E11-accuracy",
+            "Without the skips of a middle block, a ViT is less accurate.",
+            "Fig. 8",
+            None,
+            "accuracy, intact minus cut,",
+            0.0,
+            ("vit", "vit_no_skip_middle"),
         ),
     )
 }

@@ -396,6 +396,15 @@ FROZEN = {
     "E22-blocks": (">", 0.0),
     "E22-kinship": (">", 0.0),
     "E23-batch-size": ("<", 0.02),
+    "E08-crossing": (">", 0.0),
+    "E08-above-resnet": (">", 0.0),
+    "E09-class-late": (">", 0.0),
+    "E09-class-mlp": (">", 0.0),
+    "E10-patches-rise": (">", 0.0),
+    "E10-patches-end": (">", 0.9),
+    "E10-class-falls": (">", 0.0),
+    "E11-partition": (">", 0.1),
+    "E11-accuracy": (">", 0.0),
 }
 
 
@@ -411,7 +420,7 @@ def test_claims_are_complete():
         assert claim.source
         assert claim.meaning
         assert claim.roles
-        assert set(claim.roles) <= {"vit", "vit_gap", "resnet", "mixer"}
+        assert set(claim.roles) <= {"vit", "vit_gap", "resnet", "mixer", "vit_no_skip_middle"}
 
 
 @pytest.fixture(scope="module")
@@ -484,6 +493,15 @@ def kin(*pair):
     return lambda a, x, i, b, y, j: 0.8 if {a, b} == set(pair) else 0.4
 
 
+def halved(role):
+    """One network falls into two parts in the middle, others are alike all the way through."""
+
+    def cells(a, x, i, b, y, j):
+        return 0.2 if a == b == role and (x > 0.5) != (y > 0.5) else 0.8
+
+    return cells
+
+
 WORLDS = {
     # claim: (a world in which it is true, one in which it is false)
     "E01-uniform": (uniform("vit"), uniform("resnet")),
@@ -497,6 +515,7 @@ WORLDS = {
     "E21-diagonal": (diagonal(1), diagonal(-1)),
     "E22-blocks": (two_parts("mixer"), two_parts("vit")),
     "E22-kinship": (kin("mixer", "vit"), kin("mixer", "resnet")),
+    "E11-partition": (halved("vit_no_skip_middle"), halved("vit")),
 }
 
 
@@ -519,13 +538,24 @@ def test_a_claim_comes_out_as_the_world_is(key, networks):
         assert judgement.trained.low < judgement.trained.value < judgement.trained.high
 
 
+def test_the_partition_is_looked_for_where_the_skips_are_missing():
+    blocks = models.build("vit_no_skip_middle", 0).blocks
+    missing = [isinstance(block, models.BlockWithoutSkips) for block in blocks]
+    assert missing == [number == claims.MIDDLE for number in range(8)]
+    square = np.arange(16.0).reshape(4, 4)
+    assert claims.across(square, 1) == np.mean([1, 2, 3])
+    assert claims.across(square, 2) == np.mean([2, 3, 6, 7])
+
+
 @pytest.mark.parametrize("key", WORLDS)
 def test_a_claim_is_not_true_of_noise(key, networks):
     # Between groups that differ by more than any structure there is nothing to be seen.
     claim = CLAIMS[key]
     layers = {role: networks[role] for role in claim.roles}
     record = record_of(lambda a, i, b, j: 0.5, layers, noise=0.1, seed=3)
-    assert judge(claim, record).verdict == INCONCLUSIVE
+    # (Of a difference that must exceed something, noise is evidence that it does not.)
+    nothing = CONTRADICTED if claim.threshold else INCONCLUSIVE
+    assert judge(claim, record).verdict == nothing
 
 
 def test_the_claim_about_minibatches_comes_out_as_its_numbers_are():
