@@ -471,17 +471,28 @@ def estimate(
 # Statistics of the claims -------------------------------------------------------------------------
 
 
+def class_over_patches(
+    curves: Curves, quantity: str = "ratio", skip_first: bool = True
+) -> tuple[float, float]:
+    """How far the class token's ratio lies above the patches', early and late.
+
+    In doublings, averaged over blocks and sub-layers of the first and of the second half. The first
+    block is left out: its class token is a learned constant, as short or long as it was made.
+    """
+
+    def doublings(sublayer):
+        return np.log2(_class(curves, sublayer, quantity) / _patch(curves, sublayer, quantity))
+
+    return _halves(_by_block(doublings), skip_first)
+
+
 def crossing(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
     """How far the class token's ratio lies above the patches' early, and below them late.
 
-    Both in doublings, averaged over blocks and sub-layers of the first and of the second half; the
-    smaller of the two, so that it is positive only if the curves cross. The first block is left
-    out: its class token is a learned constant, as short or long as it was made.
+    The smaller of the two in :func:`class_over_patches`, so that it is positive only if the curves
+    cross.
     """
-    gap = _by_block(
-        curves, lambda sub: np.log2(_class(curves, sub, quantity) / _patch(curves, sub, quantity))
-    )
-    early, late = _halves(gap, skip_first)
+    early, late = class_over_patches(curves, quantity, skip_first)
     return min(early, -late)
 
 
@@ -502,9 +513,8 @@ def above_resnet(curves: Curves, quantity: str = "median") -> float:
 
 def class_changes_late(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
     """By how many doublings the class token's ratio is lower in the second half of the blocks."""
-    early, late = _halves(
-        _by_block(curves, lambda sub: np.log2(_class(curves, sub, quantity))), skip_first
-    )
+    ratio = _by_block(lambda sub: np.log2(_class(curves, sub, quantity)))
+    early, late = _halves(ratio, skip_first)
     return early - late
 
 
@@ -519,19 +529,19 @@ def class_changes_by_mlp(curves: Curves, quantity: str = "ratio") -> float:
 
 def patches_align(curves: Curves) -> float:
     """By how much the patches' cosine of z with z + f(z) is higher in the second half of blocks."""
-    cosine = _by_block(curves, lambda sub: _patch(curves, sub, "cosine"))
+    cosine = _by_block(lambda sub: _patch(curves, sub, "cosine"))
     early, late = _halves(cosine, skip_first=False)
     return late - early
 
 
 def patches_aligned(curves: Curves) -> float:
     """The patches' cosine of z with z + f(z) in the last block, mean of attention and MLP."""
-    return float(_by_block(curves, lambda sub: _patch(curves, sub, "cosine"))[-1])
+    return float(_by_block(lambda sub: _patch(curves, sub, "cosine"))[-1])
 
 
 def class_turns(curves: Curves, skip_first: bool = True) -> float:
     """By how much the class token's cosine of z with z + f(z) is lower in the second half."""
-    cosine = _by_block(curves, lambda sub: _class(curves, sub, "cosine"))
+    cosine = _by_block(lambda sub: _class(curves, sub, "cosine"))
     early, late = _halves(cosine, skip_first)
     return early - late
 
@@ -544,7 +554,7 @@ def _patch(curves, sublayer, quantity):
     return curves("vit", sublayer, "patch", quantity)
 
 
-def _by_block(curves, of_sublayer) -> np.ndarray:
+def _by_block(of_sublayer) -> np.ndarray:
     """Mean over attention and MLP of what a function gives for each, (blocks,)."""
     return np.mean([of_sublayer("attention"), of_sublayer("mlp")], axis=0)
 

@@ -584,6 +584,11 @@ def test_an_infinite_mean_has_no_interval():
     assert np.isnan([low, high]).all()
 
 
+def test_the_class_token_over_the_patches_is_told_for_each_half():
+    record = world(**of_class(2 * 2.0 ** (3 * STEP - 1)))
+    assert residual.class_over_patches(Curves(record)) == pytest.approx((2, -1))
+
+
 def test_the_first_block_counts_where_it_is_asked_to():
     record = world(**of_class(np.array([0.25, 4, 4, 4, 1, 1, 1, 1])))
     all_blocks = residual.crossing(Curves(record), skip_first=False)
