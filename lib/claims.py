@@ -259,6 +259,11 @@ def kind_contrast(square: np.ndarray, layers: list[str]) -> float:
     return float(np.nanmean(square[alike]) - np.nanmean(square[unlike]))
 
 
+def across(square: np.ndarray, cut: int) -> float:
+    """Mean CKA between the layers before a cut and those from it on; ``cut`` counts from 0."""
+    return float(np.mean(square[:cut, cut:]))
+
+
 def _contrast(square: np.ndarray, labels: np.ndarray) -> float:
     same = labels[:, None] == labels[None]
     off_diagonal = ~np.eye(len(square), dtype=bool)
@@ -325,6 +330,14 @@ def _distant_drift(maps: Maps) -> float:
     return float((distant - related)[-third:].mean())
 
 
+def _partition(maps: Maps) -> float:
+    intact, cut = maps["vit", "vit"], maps["vit_no_skip_middle", "vit_no_skip_middle"]
+    return across(intact, MIDDLE) - across(cut, MIDDLE)
+
+
+MIDDLE = 4  # the block without skips of the role vit_no_skip_middle
+
+
 CLAIMS = {
     claim.key: claim
     for claim in (
@@ -374,43 +387,88 @@ CLAIMS = {
             ("vit", "resnet"),
         ),
         Claim(
-            "E21-diagonal",
-            "Two ViTs agree best at equal relative depth.",
-            "appendix G",
-            lambda maps: diagonal_contrast(maps["vit", "vit_gap"]),
-            "CKA at equal depth minus elsewhere, ViT against mean-pooled ViT,",
-            0.0,
-            ("vit", "vit_gap"),
-        ),
-        Claim(
-            "E22-blocks",
-            "An MLP-Mixer falls into an early and a late block.",
-            "appendix H",
-            lambda maps: (
-                two_block_contrast(maps["mixer", "mixer"]) - two_block_contrast(maps["vit", "vit"])
-            ),
-            "CKA within minus across two parts at the best cut, Mixer minus ViT,",
-            0.0,
-            ("mixer", "vit"),
-        ),
-        Claim(
-            "E22-kinship",
-            "An MLP-Mixer is closer to a ViT than to a ResNet.",
-            "appendix H",
-            _mixer_kinship,
-            "mean CKA of Mixer with ViT minus Mixer with ResNet",
-            0.0,
-            ("mixer", "vit", "resnet"),
-        ),
-        Claim(
-            "E23-batch-size",
-            "The size of the minibatch does not matter to CKA.",
-            "appendix A",
+            "E08-crossing",
+            "Early, the class token is carried by the skips more than the patches are; late, less.",
+            "Fig. 7",
             None,
-            "largest change of any cell between minibatches of 128 and all images at once",
-            0.02,
+            "class token's over patches' norm ratio, in doublings: the smaller of how far above in "
+            "the first half of the blocks and how far below in the second,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E08-above-resnet",
+            "The skips of a ViT carry more, relative to the branches, than those of a ResNet.",
+            "Fig. 7",
+            None,
+            "norm ratio of patches over that of the ResNet's locations at equal depth, in "
+            "doublings, median over depths,",
+            0.0,
             ("vit", "resnet"),
-            below=True,
+        ),
+        Claim(
+            "E09-class-late",
+            "The class token is changed late.",
+            "Fig. E.1",
+            None,
+            "class token's norm ratio in the first over that in the second half, in doublings,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E09-class-mlp",
+            "What changes the class token late is mostly the MLP.",
+            "Fig. E.1",
+            None,
+            "class token's norm ratio at attentions over that at MLPs of the second half, in "
+            "doublings,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E10-patches-rise",
+            "The direction of patch tokens is changed less and less with depth.",
+            "Fig. E.2",
+            None,
+            "cosine of skip and output for patches, second half of the blocks minus first,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E10-patches-end",
+            "In the end it is hardly changed at all.",
+            "Fig. E.2",
+            None,
+            "cosine of skip and output for patches in the last block",
+            0.9,
+            ("vit",),
+        ),
+        Claim(
+            "E10-class-falls",
+            "The direction of the class token is changed more and more with depth.",
+            "Fig. E.2",
+            None,
+            "cosine of skip and output for the class token, first half of the blocks minus second,",
+            0.0,
+            ("vit",),
+        ),
+        Claim(
+            "E11-partition",
+            "Without the skips of a middle block, the layers before and after it are unlike.",
+            "Fig. 8",
+            _partition,
+            "mean CKA of blocks before the cut with those after, intact minus cut,",
+            0.1,
+            ("vit", "vit_no_skip_middle"),
+        ),
+        Claim(
+            "E11-accuracy",
+            "Without the skips of a middle block, a ViT is less accurate.",
+            "Fig. 8",
+            None,
+            "accuracy, intact minus cut,",
+            0.0,
+            ("vit", "vit_no_skip_middle"),
         ),
         Claim(
             "E16-late",
@@ -478,6 +536,45 @@ CLAIMS = {
                 "vit_tuned_colour": "vit_other_seed_tuned_colour",
                 "vit_tuned_fine_textures": "vit_other_seed_tuned_fine_textures",
             },
+        ),
+        Claim(
+            "E21-diagonal",
+            "Two ViTs agree best at equal relative depth.",
+            "appendix G",
+            lambda maps: diagonal_contrast(maps["vit", "vit_gap"]),
+            "CKA at equal depth minus elsewhere, ViT against mean-pooled ViT,",
+            0.0,
+            ("vit", "vit_gap"),
+        ),
+        Claim(
+            "E22-blocks",
+            "An MLP-Mixer falls into an early and a late block.",
+            "appendix H",
+            lambda maps: (
+                two_block_contrast(maps["mixer", "mixer"]) - two_block_contrast(maps["vit", "vit"])
+            ),
+            "CKA within minus across two parts at the best cut, Mixer minus ViT,",
+            0.0,
+            ("mixer", "vit"),
+        ),
+        Claim(
+            "E22-kinship",
+            "An MLP-Mixer is closer to a ViT than to a ResNet.",
+            "appendix H",
+            _mixer_kinship,
+            "mean CKA of Mixer with ViT minus Mixer with ResNet",
+            0.0,
+            ("mixer", "vit", "resnet"),
+        ),
+        Claim(
+            "E23-batch-size",
+            "The size of the minibatch does not matter to CKA.",
+            "appendix A",
+            None,
+            "largest change of any cell between minibatches of 128 and all images at once",
+            0.02,
+            ("vit", "resnet"),
+            below=True,
         ),
     )
 }

@@ -33,7 +33,10 @@ def measure(
         Metrics with ``taps``, ``reduce(value)`` and ``update(reduced=..., batch=...)``, such as
         :class:`lib.cka.MinibatchCKA`. What their hooks keep lives as long as one minibatch. If a
         measurement also needs the images, its ``reduce_images(images)`` is given the minibatch as
-        :class:`lib.images.Images`, and what that returns is ``reduced["images"]``.
+        :class:`lib.images.Images`, and what that returns is ``reduced["images"]``. If it has to
+        see several taps together, it has ``reducer(model)`` in the place of ``reduce``: asked once
+        for every forward pass, that returns a function of a tap's name and value, whose result is
+        kept unless it is None.
     n_images, batch_size : int
         A last minibatch may be smaller.
     seed : int
@@ -94,9 +97,8 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
             reduced = [_reduce_images(measurement, images, here) for measurement in measurements]
             for role, model in networks.items():
                 progress.set_description(role)
-                receive = functools.partial(
-                    _reduce, measurements, wanted[role], reduced, fired, role
-                )
+                reducers = [_reducer(measurement, model) for measurement in measurements]
+                receive = functools.partial(_reduce, reducers, wanted[role], reduced, fired, role)
                 every = dict.fromkeys(name for names in wanted[role] for name in names)
                 with tapping(model, list(every), receive):
                     model(study.to_input(pixels, role))
@@ -122,12 +124,19 @@ def _reduce_images(measurement, images, here):
     return {"images": measurement.reduce_images(part)}
 
 
-def _reduce(measurements, wanted, reduced, fired, role, name, value):
+def _reducer(measurement, model):
+    """How a measurement reduces the taps of one forward pass: a function of name and value."""
+    if hasattr(measurement, "reducer"):
+        return measurement.reducer(model)
+    return lambda name, value: measurement.reduce(value)
+
+
+def _reduce(reducers, wanted, reduced, fired, role, name, value):
     """Let every measurement that wants a tap keep what it needs of its value."""
     fired[f"{role}/{name}"] = None
-    for measurement, names, kept in zip(measurements, wanted, reduced, strict=True):
-        if name in names:
-            kept[f"{role}/{name}"] = measurement.reduce(value)
+    for reduce, names, kept in zip(reducers, wanted, reduced, strict=True):
+        if name in names and (result := reduce(name, value)) is not None:
+            kept[f"{role}/{name}"] = result
 
 
 def _label(record, networks):

@@ -123,6 +123,14 @@ def without_skips(model: nn.Module, block: int) -> nn.Module:
     return model
 
 
+def blocks_without_skips(model: nn.Module) -> list[int]:
+    """Which blocks or residual units of a network lost their skips, counted from 0."""
+    kinds = (Block, PreActBottleneck)  # those without are of their kind
+    blocks = [module for module in model.modules() if isinstance(module, kinds)]
+    lost = (BlockWithoutSkips, UnitWithoutSkip)
+    return [number for number, block in enumerate(blocks) if isinstance(block, lost)]
+
+
 ARCHITECTURES = {
     "vit": vit,
     "vit_gap": vit_gap,

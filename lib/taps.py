@@ -108,8 +108,13 @@ def collect(model: nn.Module, x: Tensor, taps: str | Sequence[str]) -> dict[str,
     return values
 
 
-def tap_names(model: nn.Module, taps: str | Sequence[str] = "all") -> list[str]:
+def tap_names(
+    model: nn.Module, taps: str | Sequence[str] | Callable[[nn.Module], Sequence[str]] = "all"
+) -> list[str]:
     """Resolve a ready list, names or globs to the names of taps, in the order of the modules.
+
+    A function that names the taps of a network will do as well, where networks differ too much for
+    globs.
 
     The ready lists know ViTs, ResNets (v1 and v2) and Mixers; any other network is tapped at the
     members of its stages.
@@ -121,6 +126,8 @@ def tap_names(model: nn.Module, taps: str | Sequence[str] = "all") -> list[str]:
       block, seven per pre-activation bottleneck, as in the paper's Fig. 1.
     """
     modules = dict(model.named_modules())
+    if callable(taps):
+        taps = taps(model)
     if isinstance(taps, str) and taps in ("blocks", "branches", "all"):
         patterns = _ready_list(modules, taps)
     else:

@@ -428,6 +428,15 @@ FROZEN = {
     "E18-middle": (">", 0.0),
     "E19-early": ("<", 0.05),
     "E19-distant": (">", 0.0),
+    "E08-crossing": (">", 0.0),
+    "E08-above-resnet": (">", 0.0),
+    "E09-class-late": (">", 0.0),
+    "E09-class-mlp": (">", 0.0),
+    "E10-patches-rise": (">", 0.0),
+    "E10-patches-end": (">", 0.9),
+    "E10-class-falls": (">", 0.0),
+    "E11-partition": (">", 0.1),
+    "E11-accuracy": (">", 0.0),
 }
 
 
@@ -524,6 +533,15 @@ def pair(role, value):
     return lambda a, x, i, b, y, j: value(max(x, y)) if (a == role) != (b == role) else 0.99
 
 
+def halved(role):
+    """One network falls into two parts in the middle, others are alike all the way through."""
+
+    def cells(a, x, i, b, y, j):
+        return 0.2 if a == b == role and (x > 0.5) != (y > 0.5) else 0.8
+
+    return cells
+
+
 WORLDS = {
     # claim: (a world in which it is true, one in which it is false)
     "E01-uniform": (uniform("vit"), uniform("resnet")),
@@ -553,9 +571,11 @@ WORLDS = {
         pair("vit_tuned_colour", lambda x: 0.9 - 0.3 * x),
         pair("vit_tuned_fine_textures", lambda x: 0.9 - 0.3 * x),
     ),
+    "E11-partition": (halved("vit_no_skip_middle"), halved("vit")),
 }
-# Layers that are half alike have not stayed as they were, whatever the noise.
-NOISE = {"E19-early": CONTRADICTED}
+# Layers that are half alike have not stayed as they were, whatever the noise; and of a difference
+# that must exceed something, noise is evidence that it does not.
+NOISE = {"E19-early": CONTRADICTED, "E11-partition": CONTRADICTED}
 
 
 def test_every_claim_about_maps_has_its_worlds():
@@ -575,6 +595,14 @@ def test_a_claim_comes_out_as_the_world_is(key, networks):
         judgement = judge(claim, record_of(cells, layers))
         assert judgement.verdict == expected
         assert judgement.trained.low < judgement.trained.value < judgement.trained.high
+
+
+def test_the_partition_is_looked_for_where_the_skips_are_missing():
+    middle = models.build("vit_no_skip_middle", 0)
+    assert models.blocks_without_skips(middle) == [claims.MIDDLE]
+    square = np.arange(16.0).reshape(4, 4)
+    assert claims.across(square, 1) == np.mean([1, 2, 3])
+    assert claims.across(square, 2) == np.mean([2, 3, 6, 7])
 
 
 @pytest.mark.parametrize("key", WORLDS)

@@ -219,6 +219,49 @@ def test_a_measurement_may_ask_for_the_images():
     assert torch.equal(torch.cat([part.pixels for part in seen]), study.images(54).pixels)
 
 
+def test_a_measurement_may_name_its_taps_and_see_several_of_one_pass_together():
+    class Steps:
+        """How far every block moves its input."""
+
+        def reset(self):
+            self.kept = []
+
+        def taps(self, model):
+            names = [f"blocks.{i}" for i in range(len(model.blocks))]
+            return [part for name in names for part in (f"{name}:input", name)]
+
+        def reducer(self, model):
+            entered = {}
+
+            def reduce(name, value):
+                if name.endswith(":input"):
+                    assert not entered, "left over from another pass"
+                    entered[name] = value
+                    return None
+                return value - entered.pop(f"{name}:input")
+
+            return reduce
+
+        def update(self, *, reduced, batch):
+            self.kept.append(reduced)
+
+        def compute(self):
+            names = list(self.kept[0])
+            means = [float(torch.cat([part[n] for part in self.kept]).norm()) for n in names]
+            return xr.Dataset({"step": ("tap", means)}, coords={"tap": names})
+
+    study = Fake()
+    record = measure(study, ["a", "b"], [Steps(), MinibatchCKA("blocks")], 54, 16)
+    assert study.passes == 2 * 4
+    assert record["tap"].values.tolist() == [f"a/blocks.{i}" for i in (0, 1)] + [
+        f"b/blocks.{i}" for i in (0, 1, 2)
+    ]
+    for role in "ab":
+        values = activations(study, role, study.images(54).pixels)
+        step = float((values["blocks.1"] - values["blocks.0"]).norm())
+        assert float(record["step"].sel(tap=f"{role}/blocks.1")) == pytest.approx(step, rel=1e-5)
+
+
 def test_a_measurement_can_be_used_again():
     metric = MinibatchCKA("blocks")
     study = Fake()

@@ -343,6 +343,14 @@ def test_globs_stand_for_one_part_of_a_name():
     assert "blocks.0" not in tap_names(model, "*")
 
 
+def test_a_function_may_name_the_taps():
+    model = vit()
+    names = tap_names(model, lambda found: [f"blocks.{i}.attn" for i in range(len(found.blocks))])
+    assert names == tap_names(model, "blocks.*.attn")
+    with pytest.raises(TapError, match="no tap is named"):
+        tap_names(model, lambda _: [])
+
+
 def test_names_come_once_and_in_the_order_of_the_modules():
     model = vit()
     names = tap_names(model, ["norm", "blocks.1", "blocks.*", "blocks.1.attn", "blocks.1:input"])
