@@ -113,3 +113,22 @@ def test_mistakes_are_refused_in_one_sentence():
     for unit in (0, 3, 7):  # the first of each stage
         with pytest.raises(ValueError, match=f"^the shortcut of unit {unit} is a projection"):
             without_skips(resnet, unit)
+
+
+# Work ---------------------------------------------------------------------------------------------
+
+
+def test_work_is_counted_until_a_layer_is_done():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+    done = models.work_until(model, ["0", "1", "2"], size=4)
+    assert done == pytest.approx({"0": 12 / 44, "1": 12 / 44, "2": 1})
+    assert not model[0]._forward_hooks
+    assert models.multiply_adds(model, size=4) == 16 * 44
+
+
+def test_half_of_a_vits_blocks_are_half_of_its_work():
+    model = models.build("vit", 0)
+    done = list(models.work_until(model, [f"blocks.{block}" for block in range(8)]).values())
+    assert done == sorted(done)
+    assert done[3] == pytest.approx(0.5, abs=0.01)
+    assert done[-1] == pytest.approx(1, abs=0.001)
