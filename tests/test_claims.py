@@ -392,6 +392,15 @@ FROZEN = {
     "E01-grid": (">", 0.0),
     "E02-midpoint": (">", 0.0),
     "E02-last-third": (">", 0.0),
+    "E03-local": ("<", 0.5),
+    "E03-spread": (">", 0.05),
+    "E03-global": (">", 0.8),
+    "E04-data": (">", 0.0),
+    "E05-slope": ("<", -0.5),
+    "E06-wide": (">", 0.0),
+    "E06-centre": (">", 0.0),
+    "E07-attention": ("<", 0.0),
+    "E07-mlp": (">", 0.0),
     "E21-diagonal": (">", 0.0),
     "E22-blocks": (">", 0.0),
     "E22-kinship": (">", 0.0),
@@ -411,7 +420,7 @@ def test_claims_are_complete():
         assert claim.source
         assert claim.meaning
         assert claim.roles
-        assert set(claim.roles) <= {"vit", "vit_gap", "resnet", "mixer"}
+        assert set(claim.roles) <= {"vit", "vit_gap", "vit_data_03", "resnet", "mixer"}
 
 
 @pytest.fixture(scope="module")
