@@ -1,7 +1,7 @@
 """One forward pass per network and minibatch, serving every measurement at once."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import xarray as xr
@@ -33,7 +33,8 @@ def measure(
         Metrics with ``taps``, ``reduce(value)`` and ``update(reduced=..., batch=...)``, such as
         :class:`lib.cka.MinibatchCKA`. What their hooks keep lives as long as one minibatch. If a
         measurement also needs the images, its ``reduce_images(images)`` is given the minibatch as
-        :class:`lib.images.Images`, and what that returns is ``reduced["images"]``.
+        :class:`lib.images.Images`, and what that returns is ``reduced["images"]``. ``taps`` may be
+        a dictionary by role: roles that are not in it are none of that measurement's.
     n_images, batch_size : int
         A last minibatch may be smaller.
     seed : int
@@ -82,7 +83,7 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
     for measurement in measurements:
         measurement.reset()
     wanted = {
-        role: [tap_names(model, measurement.taps) for measurement in measurements]
+        role: [_tap_names(model, measurement.taps, role) for measurement in measurements]
         for role, model in networks.items()
     }
     fired: dict[str, None] = {}  # an ordered set
@@ -112,6 +113,13 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
         record = _label(record, networks)
     record.attrs = records.provenance(device=records.device_name(device), **facts)
     return record
+
+
+def _tap_names(model, taps, role):
+    """The taps a measurement wants of a role's network."""
+    if not isinstance(taps, Mapping):
+        return tap_names(model, taps)
+    return tap_names(model, taps[role]) if role in taps else []
 
 
 def _reduce_images(measurement, images, here):
