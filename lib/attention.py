@@ -27,7 +27,7 @@ NEEDED_SPREAD = 2.0
 # What is summed over images, of every head. Means over queries; "rows" counts those queries that
 # look at patches at all, and whatever follows it is over patches alone, class token left out.
 SUMS = ("images", "unnormalised", "prefix_mass", "object_area", "rows", "distance", "patches")
-SUMS += ("object_mass",)
+SUMS += ("common", "object_mass")
 
 
 def attention_taps(model: nn.Module) -> list[str]:
@@ -198,6 +198,7 @@ class AttentionDistance(Metric):
         for place, name in enumerate(self.names):
             parts = dict(reduced[name])
             keys = parts.pop("keys")
+            parts["common"] = keys @ cell_distances(self.sides[place]).mean(0).to(keys)
             covered = _coverage(images.boxes, self.sides[place], self.patch_sizes[place]).to(keys)
             parts["object_mass"] = torch.einsum("nhj,nj->nh", keys, covered)
             parts["object_area"] = covered.mean(1, keepdim=True).expand(len(keys), keys.shape[1])
@@ -226,7 +227,9 @@ class AttentionDistance(Metric):
             pixels with its 95 % interval, ``distance_low`` and ``distance_high``; the same
             ``unnormalised``, with the mass on class and register tokens counted as distance 0;
             ``prefix_mass``, that mass; ``patches``, how many patches a query looks at, the inverse
-            of the sum of squared weights; ``object_mass``, the share of attention that falls on
+            of the sum of squared weights; ``common``, the distance if every query of an image took
+            what its average query takes, so that a head with the same distance aims at places and
+            not at what is near; ``object_mass``, the share of attention that falls on
             the box around the image's object, and ``object_area``, the share of the image it
             covers. Of every tap: ``uniform``, the distance of uniform attention, and
             ``patch_size``, in pixels. ``sums`` (group, tap, quantity, head): see
@@ -260,9 +263,9 @@ class AttentionDistance(Metric):
 def heads_of(record: xr.Dataset, sums: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """What is known of every head (tap, head), from sums over images (tap, quantity, head).
 
-    ``distance``, ``unnormalised``, ``prefix_mass``, ``patches``, ``object_mass``, ``object_area``
-    as in :meth:`AttentionDistance.compute`, and ``relative``, the distance divided by that of
-    uniform attention.
+    ``distance``, ``unnormalised``, ``common``, ``prefix_mass``, ``patches``, ``object_mass`` and
+    ``object_area`` as in :meth:`AttentionDistance.compute`, and ``relative``, the distance divided
+    by that of uniform attention.
     """
     sums = record["sums"].values.astype(float).sum(0) if sums is None else sums
     total = dict(zip(record["quantity"].values.tolist(), np.moveaxis(sums, -2, 0), strict=True))
@@ -273,6 +276,7 @@ def heads_of(record: xr.Dataset, sums: np.ndarray | None = None) -> dict[str, np
         "distance": distance,
         "relative": distance / uniform,
         "unnormalised": patch_size * total["unnormalised"] / images,
+        "common": patch_size * total["common"] / rows,
         "prefix_mass": total["prefix_mass"] / images,
         "patches": total["patches"] / rows,
         "object_mass": total["object_mass"] / rows,

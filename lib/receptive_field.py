@@ -158,6 +158,9 @@ def measure_receptive_fields(
 ) -> xr.Dataset:
     """Receptive fields of a study's networks, from the cache if nothing has changed.
 
+    In float64 where the device has it: a unit that rounding switches on or off changes what is seen
+    through it altogether, so that in float32 the third digit would depend on the machine.
+
     Parameters
     ----------
     taps : dict
@@ -172,7 +175,8 @@ def measure_receptive_fields(
         ``role`` and ``layer``.
     """
     images = study.images(n_images, seed)
-    networks = {role: study.model(role).to(device) for role in taps}
+    networks = {role: study.model(role) for role in taps}
+    precision = torch.float32 if torch.device(device).type == "mps" else torch.float64
     facts = {
         "study": study.name,
         "images": records.tensor_hash(images.pixels),
@@ -193,7 +197,8 @@ def measure_receptive_fields(
     def compute():
         parts = []
         for role, model in networks.items():
-            x = study.to_input(images.pixels, role).to(device)
+            x = study.to_input(images.pixels, role).to(device, precision)
+            model.to(device, precision)
             part = receptive_field(model, x, taps[role], channels, seed=seed)
             layers = part["tap"].values.tolist()
             names = [f"{role}/{layer}" for layer in layers]

@@ -164,6 +164,19 @@ def test_queries_that_look_at_no_patch_have_no_distance():
     assert record["prefix_mass"].values == pytest.approx([0.5, 1])
 
 
+def test_looking_at_a_place_is_not_looking_near():
+    """All queries look at one patch: no distance is gained by who is asking."""
+    place = torch.zeros(1, 1, 65, 65)
+    place[..., 1 + 27] = 1
+    near = torch.eye(65)[None, None]
+    record = measured(torch.cat([place, near, uniform(8, prefix=1)], 1), size=32)
+    middle = float(4 * cell_distances(8)[27].mean())
+    everywhere = uniform_distance(8, 4)
+    assert record["distance"].values == pytest.approx([middle, 0, everywhere], rel=1e-5)
+    assert record["common"].values == pytest.approx([middle, everywhere, everywhere], rel=1e-5)
+    assert middle < 0.8 * everywhere
+
+
 def test_number_of_patches_looked_at():
     maps = torch.zeros(1, 1, 64, 64)
     maps[..., [3, 17, 50]] = 1 / 3
