@@ -1,7 +1,7 @@
 """One forward pass per network and minibatch, serving every measurement at once."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import xarray as xr
@@ -36,7 +36,8 @@ def measure(
         :class:`lib.images.Images`, and what that returns is ``reduced["images"]``. If it has to
         see several taps together, it has ``reducer(model)`` in the place of ``reduce``: asked once
         for every forward pass, that returns a function of a tap's name and value, whose result is
-        kept unless it is None.
+        kept unless it is None. ``taps`` may be a dictionary by role: roles that are not in it are
+        none of that measurement's.
     n_images, batch_size : int
         A last minibatch may be smaller.
     seed : int
@@ -85,7 +86,7 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
     for measurement in measurements:
         measurement.reset()
     wanted = {
-        role: [tap_names(model, measurement.taps) for measurement in measurements]
+        role: [_tap_names(model, measurement.taps, role) for measurement in measurements]
         for role, model in networks.items()
     }
     fired: dict[str, None] = {}  # an ordered set
@@ -114,6 +115,13 @@ def _measure(study, networks, measurements, images, batch_size, device, facts):
         record = _label(record, networks)
     record.attrs = records.provenance(device=records.device_name(device), **facts)
     return record
+
+
+def _tap_names(model, taps, role):
+    """The taps a measurement wants of a role's network."""
+    if not isinstance(taps, Mapping):
+        return tap_names(model, taps)
+    return tap_names(model, taps[role]) if role in taps else []
 
 
 def _reduce_images(measurement, images, here):

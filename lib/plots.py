@@ -142,3 +142,18 @@ def depth_lines(axis, values: dict[str, np.ndarray], margins: dict | None = None
             axis.fill_between(depth, low, high, color=colour(role), alpha=0.15, lw=0)
     axis.set(xlabel="relative depth (0 = first block, 1 = last)", xlim=(0, 1))
     axis.legend(fontsize="small")
+
+
+def shades(n: int) -> list:
+    """``n`` colours from dark to light, for an ordered set of curves; they survive grey."""
+    return sns.color_palette("flare_r", n)
+
+
+def sorted_heads(axis, record: xr.Dataset, labels: list[str]) -> None:
+    """Attention distances of heads, sorted within each tap of a record, with their intervals."""
+    for place, (label, colour) in enumerate(zip(labels, shades(len(labels)), strict=True)):
+        part = record.isel(tap=place).sortby(record["distance"].isel(tap=place))
+        distance = part["distance"].values
+        margin = np.abs(np.stack([part["distance_low"], part["distance_high"]]) - distance)
+        rank = np.arange(1, len(distance) + 1)
+        axis.errorbar(rank, distance, margin, fmt="-o", color=colour, label=label, ms=4, capsize=2)

@@ -23,7 +23,10 @@ class TapError(RuntimeError):
 
 @contextmanager
 def tapping(
-    model: nn.Module, taps: str | Sequence[str], receive: Callable[[str, Tensor], None]
+    model: nn.Module,
+    taps: str | Sequence[str] | Callable[[nn.Module], Sequence[str]],
+    receive: Callable[[str, Tensor], None],
+    graph: bool = False,
 ) -> Iterator[list[str]]:
     """Hand every tapped tensor to ``receive(name, value)`` while the model runs.
 
@@ -38,6 +41,9 @@ def tapping(
     receive : callable
         Called with the tap's name and its value, a tensor whose first axis is the batch. Reduce or
         clone the value: the model may overwrite it afterwards.
+    graph : bool
+        Hand over values that are still part of the graph, to take gradients of. By default they
+        are detached.
 
     Yields
     ------
@@ -64,7 +70,7 @@ def tapping(
                 "tap the modules around it instead"
             )
         fired.add(name)
-        receive(name, value.detach())
+        receive(name, value if graph else value.detach())
 
     def forget(*_):
         fired.clear()
@@ -113,8 +119,7 @@ def tap_names(
 ) -> list[str]:
     """Resolve a ready list, names or globs to the names of taps, in the order of the modules.
 
-    A function that names the taps of a network will do as well, where networks differ too much for
-    globs.
+    A function is asked which names or globs it wants of this model.
 
     The ready lists know ViTs, ResNets (v1 and v2) and Mixers; any other network is tapped at the
     members of its stages.
@@ -126,8 +131,7 @@ def tap_names(
       block, seven per pre-activation bottleneck, as in the paper's Fig. 1.
     """
     modules = dict(model.named_modules())
-    if callable(taps):
-        taps = taps(model)
+    taps = taps(model) if callable(taps) else taps
     if isinstance(taps, str) and taps in ("blocks", "branches", "all"):
         patterns = _ready_list(modules, taps)
     else:

@@ -104,6 +104,17 @@ def hsic(x, y):
 # The numbers --------------------------------------------------------------------------------------
 
 
+def test_taps_that_differ_from_role_to_role():
+    study, some = Fake(), MinibatchCKA({"b": ["blocks.*"]})
+    with pytest.raises(TapError, match="no tap is named"):
+        measure(study, ["a", "b"], [some], n_images=40, batch_size=40)
+    record = measure(study, ["b"], [some], n_images=40, batch_size=40)
+    assert record["tap"].values.tolist() == ["b/blocks.0", "b/blocks.1", "b/blocks.2"]
+    both = MinibatchCKA({"a": "stem", "b": ["blocks.2"]})
+    record = measure(study, ["a", "b"], [both], n_images=40, batch_size=40)
+    assert record["tap"].values.tolist() == ["a/stem", "b/blocks.2"]
+
+
 def test_one_minibatch_is_the_cka_of_all_images():
     study = Fake()
     record = measure(study, ["a", "b"], [MinibatchCKA(TAPS)], n_images=40, batch_size=40)

@@ -201,6 +201,15 @@ def test_values_are_detached_and_the_model_can_still_learn():
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
+def test_values_in_the_graph_can_be_differentiated():
+    model, values = nn.Sequential(nn.Linear(3, 2), nn.Tanh()), {}
+    x = torch.ones(1, 3, requires_grad=True)
+    with tapping(model, ["0"], values.__setitem__, graph=True):
+        model(x)
+    [gradient] = torch.autograd.grad(values["0"][0, 1], x)
+    assert torch.equal(gradient[0], model[0].weight[1])
+
+
 def test_several_forward_passes_in_one_context():
     model, seen = vit(), []
     taps = ["blocks.*", "blocks.0.attn.attn_drop"]
@@ -343,12 +352,14 @@ def test_globs_stand_for_one_part_of_a_name():
     assert "blocks.0" not in tap_names(model, "*")
 
 
-def test_a_function_may_name_the_taps():
-    model = vit()
-    names = tap_names(model, lambda found: [f"blocks.{i}.attn" for i in range(len(found.blocks))])
-    assert names == tap_names(model, "blocks.*.attn")
-    with pytest.raises(TapError, match="no tap is named"):
-        tap_names(model, lambda _: [])
+def test_a_function_chooses_taps_for_every_model():
+    def last(model):
+        return [str(len(model) - 1)]
+
+    deep = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))
+    assert tap_names(deep, last) == ["2"]
+    assert tap_names(deep[:2], last) == ["1"]
+    assert list(collect(deep, torch.ones(1, 3), last)) == ["2"]
 
 
 def test_names_come_once_and_in_the_order_of_the_modules():

@@ -1,0 +1,104 @@
+"""What measuring attention distance costs over the plain forward pass, in time and memory.
+
+ViT-S/16 at 224 px, random weights, minibatches of 32 images, float32 on the CPU. The plain pass
+computes attention in one fused kernel and makes no maps; the measured one makes them and contracts
+them block by block. Both run in this process in turn; CPU time, so that other work on the machine
+hardly matters. Memory is the peak over that at the start, for more and more images::
+
+    python benchmarks/attention.py --out book/records/cost-attention.json
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import statistics
+from pathlib import Path
+
+import timm
+import torch
+from cka import cost, processor
+
+from lib.attention import AttentionDistance, attention_taps
+from lib.images import Images
+from lib.taps import tapping, unfused_attention
+
+
+def main():
+    options = parse()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_224", pretrained=False).eval()
+    x = torch.randn(options.batch, 3, 224, 224)
+    forward(model, x, 1)  # warm-up
+
+    rows = []
+    for batches in options.batches:
+        ratios, extras = {"fused": [], "unfused": []}, []
+        for _ in range(options.repeats):
+            plain, plain_peak, _ = cost(forward, model, x, batches)
+            with unfused_attention(model):
+                unfused, _, _ = cost(forward, model, x, batches)
+            ours, peak, record = cost(measured, model, x, batches)
+            ratios["fused"].append(ours / plain)
+            ratios["unfused"].append(ours / unfused)
+            extras.append((peak - plain_peak) / 2**20)
+        rows.append(
+            {
+                "images": batches * options.batch,
+                "ratio": round(statistics.median(ratios["fused"]), 3),
+                "ratio_to_unfused": round(statistics.median(ratios["unfused"]), 3),
+                "extra_mib": round(statistics.median(extras)),
+                "mean_relative_distance": round(float(record["relative"].mean()), 4),
+            }
+        )
+        print(rows[-1], flush=True)
+    if options.out:
+        result = {
+            "what": "attention distance of ViT-S/16 (12 blocks), 224 px, random weights, float32",
+            "batch": options.batch,
+            "repeats": options.repeats,
+            "threads": options.threads,
+            "processor": processor(),
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm")},
+            "date": datetime.date.today().isoformat(),
+            "rows": rows,
+        }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=32, help="images at once (default: 32)")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="how many of these")
+    parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    return parser.parse_args()
+
+
+def forward(model, x, batches):
+    with torch.no_grad():
+        for _ in range(batches):
+            model(x)
+
+
+def measured(model, x, batches):
+    metric = AttentionDistance()
+    n = len(x)
+    pixels = torch.zeros(1, 3, *x.shape[2:], dtype=torch.uint8).expand(n, -1, -1, -1)
+    images = Images(pixels, torch.zeros(n, dtype=torch.long), torch.zeros(n, 4))
+    for _ in range(batches):
+        reduced = {"images": images}
+
+        def receive(name, value, reduced=reduced):
+            reduced[name] = metric.reduce(value)
+
+        with torch.no_grad(), tapping(model, attention_taps, receive):
+            model(x)
+        metric.update(reduced=reduced)
+    return metric.compute()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""Effective receptive fields: which pixels a location of a layer answers to (the paper's Fig. 6).
+
+The field of a location is the absolute gradient of its channels with respect to the pixels,
+averaged over channels, colours and images (Luo et al., 2016). The gradient of the *sum* of the
+channels would be something else: channels of opposite sign cancel in it.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from lib import records
+from lib.cka import jackknife_margin
+from lib.localisation import split_tokens
+from lib.taps import tap_names, tapping
+
+
+def receptive_field(
+    model: nn.Module,
+    x: Tensor,
+    taps="blocks",
+    channels: int = 4,
+    groups: int = 16,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> xr.Dataset:
+    """Effective receptive fields of the central location of some layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Must treat images one by one, as networks in evaluation mode do.
+    x : Tensor (n, colours, size, size)
+        The images, as the network takes them.
+    taps : str, list of str or function
+        See :func:`lib.taps.tap_names`; each must make patch tokens or feature maps.
+    channels : int
+        Channels drawn for each image. A backward pass serves all images of a minibatch at once,
+        and every image has its own channel in it: 32 images and 4 channels are 128 gradients per
+        tap for the price of four backward passes.
+    groups : int
+        Images are dealt to this many groups, which are kept apart for intervals.
+    seed : int
+        Of the draw of channels.
+    batch_size : int
+        Images whose graph is held in memory at once.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``field`` (group, tap, y, x): sums over images, in a frame in which the location is at
+        ``centre`` (tap), in pixels, on both axes. A grid with an even number of cells has no
+        central one: the four around the centre take turns, each laid over the others. ``cell``
+        (tap): the distance between neighbouring locations, in pixels.
+    """
+    if x.dim() != 4 or x.shape[2] != x.shape[3]:
+        raise ValueError(f"images must be square, (n, colours, size, size); got {tuple(x.shape)}")
+    if channels < 1 or groups < 1:
+        raise ValueError(f"cannot draw {channels} channels for {groups} groups of images")
+    groups, fields = min(groups, len(x)), {}
+    for first in range(0, len(x), batch_size):
+        part = x[first : first + batch_size].detach().clone().requires_grad_()
+        with _frozen(model), torch.enable_grad():
+            cells: dict[str, Tensor] = {}
+
+            def receive(name, value, cells=cells):
+                # A clone, as the model may go on to change the value in place.
+                cells[name] = split_tokens(value.clone())[0]
+
+            with tapping(model, taps, receive, graph=True):
+                model(part)
+            for name, value in cells.items():
+                if name not in fields:
+                    fields[name] = _Field(name, value, x.shape[-1], groups, seed)
+                fields[name].add(value, part, first, channels)
+
+    frame = max(len(field.sums[0]) for field in fields.values())
+    sums = np.zeros((groups, len(fields), frame, frame))
+    for place, field in enumerate(fields.values()):
+        side = len(field.sums[0])
+        sums[:, place, :side, :side] = field.sums.numpy()
+    return xr.Dataset(
+        {
+            "field": (("group", "tap", "y", "x"), sums),
+            "centre": ("tap", [field.centre for field in fields.values()]),
+            "cell": ("tap", [field.cell for field in fields.values()]),
+        },
+        coords={"tap": list(fields)},
+    )
+
+
+class _Field:
+    """The fields of one tap, summed over images."""
+
+    def __init__(self, name, value, size, groups, seed):
+        side = round(value.shape[1] ** 0.5)
+        if size % side:
+            raise ValueError(
+                f"the {side} x {side} locations of {name!r} do not divide {size} pixels evenly, so "
+                "it is not known where its centre lies"
+            )
+        self.cell = size // side
+        even = side % 2 == 0
+        middle = (side // 2 - 1, side // 2) if even else (side // 2,)
+        self.places = list(itertools.product(middle, middle))
+        self.side = side
+        frame = size + self.cell if even else size
+        self.centre = side // 2 * self.cell + (self.cell - 1) / 2
+        stream = torch.Generator().manual_seed(seed)
+        self.channels = torch.randperm(value.shape[2], generator=stream)
+        self.sums = torch.zeros(groups, frame, frame, dtype=torch.float64)
+
+    def add(self, value: Tensor, x: Tensor, first: int, channels: int) -> None:
+        """Add the fields of some images; ``first`` is the number of the first of them."""
+        image = torch.arange(len(x))
+        for draw in range(channels):
+            number = (first + image) * channels + draw
+            # Within a group, images take turns as well.
+            turns = first + image + channels * ((first + image) // len(self.sums)) + draw
+            place = [self.places[turn % len(self.places)] for turn in turns.tolist()]
+            location = torch.tensor([row * self.side + column for row, column in place])
+            channel = self.channels[number % len(self.channels)]
+            chosen = value[image, location, channel].sum()
+            [gradient] = torch.autograd.grad(chosen, x, retain_graph=True)
+            field = gradient.abs().mean(1).double().cpu() / channels
+            for one, (row, column) in enumerate(place):
+                y, x0 = ((self.side // 2 - at) * self.cell for at in (row, column))
+                height, width = field.shape[1:]
+                group = self.sums[(first + one) % len(self.sums)]
+                group[y : y + height, x0 : x0 + width] += field[one]
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module):
+    """Take no gradients with respect to weights as long as this lasts."""
+    before = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        for weight, _ in before:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight, required in before:
+            weight.requires_grad_(required)
+
+
+def measure_receptive_fields(
+    study,
+    taps: Mapping[str, str | Sequence[str]],
+    n_images: int = 32,
+    channels: int = 4,
+    seed: int = 0,
+    device="cpu",
+) -> xr.Dataset:
+    """Receptive fields of a study's networks, from the cache if nothing has changed.
+
+    In float64 where the device has it: a unit that rounding switches on or off changes what is seen
+    through it altogether, so that in float32 the third digit would depend on the machine.
+
+    Parameters
+    ----------
+    taps : dict
+        Which taps of which role.
+    n_images, channels, seed, device
+        As for :func:`lib.measure.measure` and :func:`receptive_field`.
+
+    Returns
+    -------
+    xarray.Dataset
+        What :func:`receptive_field` returns, with taps named ``role/layer``, and the coordinates
+        ``role`` and ``layer``.
+    """
+    images = study.images(n_images, seed)
+    networks = {role: study.model(role) for role in taps}
+    precision = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    facts = {
+        "study": study.name,
+        "images": records.tensor_hash(images.pixels),
+        "n_images": len(images),
+        "channels": channels,
+        "seed": seed,
+        "weights": {role: records.weights_hash(model) for role, model in networks.items()},
+    }
+    depends_on = facts | {
+        "what": "receptive fields",
+        "taps": {role: tap_names(model, taps[role]) for role, model in networks.items()},
+        "structure": {role: str(model) for role, model in networks.items()},
+        "inputs": {
+            role: records.tensor_hash(study.to_input(images.pixels[:1], role)) for role in networks
+        },
+    }
+
+    def compute():
+        parts = []
+        for role, model in networks.items():
+            x = study.to_input(images.pixels, role).to(device, precision)
+            model.to(device, precision)
+            part = receptive_field(model, x, taps[role], channels, seed=seed)
+            layers = part["tap"].values.tolist()
+            names = [f"{role}/{layer}" for layer in layers]
+            part = part.assign_coords(tap=names, layer=("tap", layers))
+            parts.append(part.assign_coords(role=("tap", [role] * len(layers))))
+        frame = max(part.sizes["x"] for part in parts)
+        parts = [
+            part.pad(
+                {axis: (0, frame - part.sizes[axis]) for axis in ("y", "x")}, constant_values=0
+            )
+            for part in parts
+        ]
+        record = xr.concat(parts, "tap")
+        record.attrs = records.provenance(device=records.device_name(device), **facts)
+        return record
+
+    return records.cached(depends_on, compute)
+
+
+# What the fields say ------------------------------------------------------------------------------
+
+
+def radius(field: np.ndarray, centre: float, share: float = 0.9) -> float:
+    """Radius, in pixels, of the circle around the location that holds a share of the field.
+
+    ``field`` is (y, x), of any scale; between the distances of pixels it is interpolated.
+    """
+    y, x = (np.arange(size) - centre for size in field.shape)
+    distance = np.hypot(y[:, None], x).ravel()
+    # All pixels at one distance come in together.
+    steps, which = np.unique(distance.round(6), return_inverse=True)
+    mass = np.bincount(which, weights=field.ravel())
+    held, steps = np.cumsum(mass[mass > 0]), steps[mass > 0]
+    return float(np.interp(share * held[-1], held, steps))
+
+
+def patch_shares(field: np.ndarray, centre: float, patch_size: float) -> np.ndarray:
+    """Shares of the field in the squares of a grid, of which the middle one is the location's.
+
+    Returns
+    -------
+    array (2 k + 1, 2 k + 1)
+        Sums to 1. Pixels that are cut by a square's edge count in part.
+    """
+    shares = field / field.sum()
+    for axis, size in enumerate(field.shape):
+        pixel = np.arange(size) - centre
+        reach = int(np.ceil((np.abs(pixel).max() + 0.5) / patch_size - 0.5))
+        start = (np.arange(-reach, reach + 1) - 0.5) * patch_size
+        inside = np.minimum(pixel + 0.5, start[:, None] + patch_size)
+        inside = (inside - np.maximum(pixel - 0.5, start[:, None])).clip(min=0)
+        shares = np.moveaxis(np.tensordot(inside, shares, (1, axis)), 0, axis)
+    return shares
+
+
+def central_share(field: np.ndarray, centre: float, patch_size: float) -> float:
+    """Share of the field in the square of one patch around the location."""
+    shares = patch_shares(field, centre, patch_size)
+    return float(shares[tuple(size // 2 for size in shares.shape)])
+
+
+def dominance(field: np.ndarray, centre: float, patch_size: float) -> float:
+    """Share of the field in the location's own patch minus that in the strongest other patch."""
+    shares = patch_shares(field, centre, patch_size)
+    middle = tuple(size // 2 for size in shares.shape)
+    own = shares[middle]
+    shares[middle] = 0
+    return float(own - shares.max())
+
+
+def widening(vit: Sequence[float], resnet: Sequence[float]) -> float:
+    """Least excess of the ViT's radii over the ResNet's at equal relative depth, lower half.
+
+    ``vit`` and ``resnet`` are radii of blocks and units, input to output; the k-th of n ends at
+    depth k / n. Between units the ResNet's radius is interpolated.
+    """
+    depth, units = (np.arange(1, len(radii) + 1) / len(radii) for radii in (vit, resnet))
+    excess = np.asarray(vit) - np.interp(depth, units, resnet)
+    return float(excess[depth <= 0.5].min())
+
+
+def estimate(
+    record: xr.Dataset, statistic: Callable[[dict[str, tuple[np.ndarray, float]]], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A statistic of fields with its interval over images (jackknife over groups of images).
+
+    Parameters
+    ----------
+    record : xarray.Dataset
+        From :func:`receptive_field` or :func:`measure_receptive_fields`.
+    statistic : callable
+        Of a dictionary from a tap's name to its field and centre, for instance
+        ``lambda fields: radius(*fields["vit/blocks.0"])``.
+
+    Returns
+    -------
+    value, low, high
+    """
+    groups, centre = record["field"].values.astype(float), record["centre"].values
+    names = record["tap"].values.tolist()
+
+    def of(fields):
+        pairs = zip(fields, centre.tolist(), strict=True)
+        return np.asarray(statistic(dict(zip(names, pairs, strict=True))))
+
+    value, margin = of(groups.sum(0)), jackknife_margin(groups, of)
+    return value, value - margin, value + margin
