@@ -183,8 +183,8 @@ def read(pictures: Pictures, n: int, seed: int = 0, resize: int = 256, crop: int
         )
     if report:
         warnings.warn(
-            f"{sum(map(len, skipped.values()))} pictures of {pictures.where} were skipped, and "
-            f"others take their place: {report}",
+            f"{sum(map(len, skipped.values()))} of the pictures could not be used, and others of "
+            f"{pictures.where} take their place: {report}",
             stacklevel=2,
         )
     labels = None

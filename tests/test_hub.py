@@ -359,7 +359,7 @@ def pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.filterwarnings("ignore:1 pictures of")
+@pytest.mark.filterwarnings("ignore:1 of the pictures")
 def test_trouble_on_the_command_line(server, tmp_path, pictures, capsys):
     server.fault = "gated"
     assert main(ARGUMENTS) == 2

@@ -146,10 +146,11 @@ def seed_that_draws_last(path):
 def test_broken_files_are_counted_once_and_others_take_their_place(folder):
     whole = {image.numpy().tobytes() for image in read(in_folder(folder), 10).pixels}
     break_some(folder)
-    with pytest.warns(UserWarning, match="skipped") as caught:
+    with pytest.warns(UserWarning, match="could not be used") as caught:
         images = read(in_folder(folder), 8, seed=seed_that_draws_last(folder / "d" / "1.png"))
     (warning,) = [str(w.message) for w in caught]
-    assert warning.startswith(f"6 pictures of {folder} were skipped, and others take their place: ")
+    assert warning.startswith("6 of the pictures could not be used, and others of ")
+    assert f"{folder} take their place: " in warning
     for reason in (
         "1 empty (0.png)",
         "1 truncated (1.png)",

@@ -28,11 +28,9 @@ from lib.studies import load_study
 
 # images, size of a minibatch: minibatches of all processes in turn
 CASES = {
-    "even": (36, 6),
     "uneven": (28, 4),
     "a last one too small to use": (27, 6),
-    "fewer minibatches than processes": (10, 8),
-    "one minibatch": (9, 9),
+    "none for the third process": (18, 8),
 }
 
 
