@@ -4,7 +4,9 @@ Libraries are imported only by the command that needs them, so that help is imme
 """
 
 import argparse
+import os
 import sys
+import warnings
 
 from lib import book
 
@@ -22,6 +24,8 @@ first steps:
   python -m lib execute 01 -p n_images 256    one chapter with your value
   python -m lib execute                       every chapter, as published
   python -m lib measure vit resnet --out my.nc   similarities of your choice, as a file
+  python -m lib measure --vit vit_tiny_patch16_224.augreg_in21k --cnn resnet18.a1_in1k \\
+      --images pictures --out my.nc           the same of any networks of timm
 `python -m lib COMMAND --help` explains one command.
 """
 
@@ -65,19 +69,54 @@ def main(argv=None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if args.traceback:
             raise
-        print(error, file=sys.stderr)
+        print(f"{_who()}{error}", file=sys.stderr)
         return 2
     return 0
 
 
+def _who() -> str:
+    """Which of several processes speaks."""
+    rank, count = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", 1))
+    return f"process {rank} of {count}: " if count > 1 else ""
+
+
+def _plain_warnings():
+    """Warnings as one line each, and once if several processes have the same ones."""
+    if os.environ.get("RANK", "0") != "0":
+        warnings.simplefilter("ignore")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+
+
 def _measure_arguments(parser):
     parser.description = (
-        "Measure CKA between all layers of some networks of a study and write it, with its\n"
-        "intervals and its provenance, to a netCDF file that xarray opens."
+        "Measure CKA between all layers of some networks and write it, with its intervals and\n"
+        "its provenance, to a netCDF file that xarray opens. The networks are roles of a study,\n"
+        "or any two of timm on your pictures. torchrun deals the minibatches to processes."
     )
-    parser.add_argument("roles", nargs="+", metavar="ROLE", help="networks, see `studies`")
+    parser.epilog = (
+        "examples:\n"
+        "  measure vit resnet --out lab.nc\n"
+        "  measure vit resnet --study imagenet-small --out small.nc\n"
+        "  measure vit vit_untrained --study mine.toml --out mine.nc\n"
+        "  measure --vit vit_tiny_patch16_224.augreg_in21k --images pictures --out tiny.nc"
+    )
+    parser.add_argument("roles", nargs="*", metavar="ROLE", help="networks, see `studies`")
     parser.add_argument("--out", required=True, metavar="FILE", help="where the record goes")
-    parser.add_argument("--study", default="lab")
+    parser.add_argument("--study", help="a study (default: lab), or a TOML file that describes one")
+    parser.add_argument(
+        "--vit", metavar="NAME", help="plays the role vit: timm's or hf-hub:... name"
+    )
+    parser.add_argument("--cnn", metavar="NAME", help="plays the role resnet, likewise")
+    parser.add_argument(
+        "--images", metavar="FOLDER", help="pictures to measure on, in a folder per class or loose"
+    )
+    parser.add_argument(
+        "--weights",
+        action="append",
+        default=[],
+        metavar="[vit=|cnn=]FILE",
+        help="weights from a file; say whose if both networks are named",
+    )
     parser.add_argument("--taps", default="all", help="blocks, branches, all (default), or a glob")
     parser.add_argument("--n-images", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -86,37 +125,92 @@ def _measure_arguments(parser):
 
 
 def _measure(args):
-    from lib import records
+    from lib import processes, records
     from lib.cka import MinibatchCKA
     from lib.measure import measure
-    from lib.studies import load_study
 
-    record = measure(
-        load_study(args.study),
-        args.roles,
-        [MinibatchCKA(args.taps)],
-        args.n_images,
-        args.batch_size,
-        args.seed,
-        args.device,
-    )
-    records.save(record, args.out)
-    print(f"{args.out}: CKA of {record.sizes['tap']} taps over {args.n_images} images")
+    _plain_warnings()
+    study = _study_of(args)
+    roles = args.roles or (list(study.roles) if args.vit or args.cnn else [])
+    if not roles:
+        raise ValueError("name the roles to measure, or networks with --vit and --cnn")
+    for role in roles:
+        study.role(role)
+    with processes.joined(args.device) as device:
+        record = measure(
+            study,
+            roles,
+            [MinibatchCKA(args.taps)],
+            args.n_images,
+            args.batch_size,
+            args.seed,
+            device,
+        )
+        if processes.rank() == 0:
+            records.save(record, args.out)
+            print(f"{args.out}: CKA of {record.sizes['tap']} taps over {args.n_images} images")
+
+
+def _study_of(args):
+    """The study that is named, or one made of the networks that are."""
+    from lib.studies import Public, PublicRole, load_study
+
+    named = {"vit": args.vit, "resnet": args.cnn}
+    named = {role: model for role, model in named.items() if model}
+    if not named:
+        if args.weights:
+            raise ValueError("--weights belongs to --vit or --cnn; a study names its own")
+        study = load_study(args.study or "lab")
+        if args.images:
+            if not isinstance(study, Public):
+                raise ValueError(f"the study {study.name!r} has images of its own")
+            study.use_folder(args.images)
+        return study
+    if args.study:
+        raise ValueError("give either --study or networks with --vit and --cnn, not both")
+    if not args.images:
+        raise ValueError("say which pictures the networks are to see: --images FOLDER")
+    weights = {}
+    for entry in args.weights:
+        who, _, file = entry.partition("=") if entry[:4] in ("vit=", "cnn=") else ("", "", entry)
+        role = {"vit": "vit", "cnn": "resnet"}.get(who)
+        if not who and len(named) == 1:
+            (role,) = named
+        if role not in named:
+            raise ValueError(f"say whose weights {file} holds: --weights vit={file} or cnn={file}")
+        weights[role] = file
+    roles = {
+        role: PublicRole(model, "named on the command line", weights=weights.get(role))
+        for role, model in named.items()
+    }
+    return Public("named", roles, {"folder": args.images})
 
 
 def _studies_arguments(parser):
-    parser.description = "List the studies: their roles, what plays them, and how good it is."
+    parser.description = (
+        "List the studies: their roles, what plays them, and how good it is or whether its\n"
+        "weights are on this machine."
+    )
+    parser.add_argument("study", nargs="*", metavar="STUDY", help="only these (default: all)")
 
 
 def _studies(args):
-    from lib.studies import STUDIES, load_study
+    from lib.studies import Lab, load_study, study_names
 
-    for name in STUDIES:
+    for name in args.study or study_names():
         study = load_study(name)
-        print(f"{name}: {type(study).__doc__.splitlines()[0]}")
-        print(f"  {'role':29} {'architecture':21} {'test accuracy':22} what it is for")
-        for role, what in study.roles.items():
-            print(f"  {role:29} {what.architecture:21} {_accuracy(study, role):22} {what.purpose}")
+        if isinstance(study, Lab):
+            print(f"{name}: {type(study).__doc__.splitlines()[0]}")
+            print(f"  {'role':29} {'architecture':21} {'test accuracy':22} what it is for")
+            for role, what in study.roles.items():
+                accuracy = _accuracy(study, role)
+                print(f"  {role:29} {what.architecture:21} {accuracy:22} {what.purpose}")
+        else:
+            print(f"{study.name}: {study.purpose}")
+            print(f"  {'role':21} {'checkpoint':41} {'licence':15} {'weights':12} what it is for")
+            for role, what in study.roles.items():
+                here = "here" if study.is_here(role) else "not here yet"
+                print(f"  {role:21} {what.model:41} {what.licence:15} {here:12} {what.purpose}")
         print("  and each as <role>_untrained: the same network before its training")
 
 
@@ -149,6 +243,8 @@ def _train(args):
     from lib.studies import CHECKPOINTS, load_study
 
     study = load_study(args.study)
+    if not hasattr(study, "train"):
+        raise ValueError(f"the networks of {args.study!r} come trained: there is nothing to train")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(args.into) if args.into else CHECKPOINTS
     wanted = args.roles or list(study.roles)

@@ -1,25 +1,37 @@
 """Images to measure on, with what is known about them."""
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from lib import scenes
 
 
-@dataclasses.dataclass(frozen=True)
 class Images:
     """Images in memory.
 
     pixels : uint8 (n, 3, h, w), RGB
-    labels : int64 (n,)
-    boxes  : float32 (n, 4), the object's ``x0, y0, x1, y1`` in pixels
+    labels : int64 (n,); asking for them is an error where nobody said what the images show
+    boxes  : float32 (n, 4), the object's ``x0, y0, x1, y1`` in pixels; NaN where unknown
     """
 
-    pixels: Tensor
-    labels: Tensor
-    boxes: Tensor
+    def __init__(self, pixels: Tensor, labels: Tensor | None = None, boxes: Tensor | None = None):
+        self.pixels = pixels
+        self._labels = labels
+        self.boxes = torch.full((len(pixels), 4), torch.nan) if boxes is None else boxes
+
+    @property
+    def labels(self) -> Tensor:
+        if self._labels is None:
+            raise ValueError(
+                "these images have no labels, and this measurement needs some: "
+                "sort the pictures into one subfolder per class"
+            )
+        return self._labels
+
+    def __getitem__(self, which) -> "Images":
+        """Some of the images, by a slice or by indices."""
+        labels = None if self._labels is None else self._labels[which]
+        return Images(self.pixels[which], labels, self.boxes[which])
 
     def __len__(self) -> int:
         return len(self.pixels)

@@ -7,8 +7,7 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from lib import records
-from lib.images import Images
+from lib import processes, records
 from lib.taps import tap_names, tapping
 
 
@@ -51,6 +50,9 @@ def measure(
         What the measurements computed, with each tap's ``role``, ``layer`` and whether it is the
         output of a ``block``; its attributes are its provenance. Taken from the cache if nothing
         it depends on has changed.
+
+    Under ``torchrun`` minibatches are dealt to the processes and the measurements' states added up;
+    every process returns the record.
     """
     roles = list(dict.fromkeys(roles))
     if n_images < 1 or batch_size < 1:
@@ -66,6 +68,8 @@ def measure(
         "weights": {role: records.weights_hash(model) for role, model in networks.items()},
         "measurements": [_describe(measurement) for measurement in measurements],
     }
+    if hasattr(study, "facts"):
+        facts |= study.facts(roles)
     # Equal weights do not make equal networks, nor equal pixels equal inputs.
     depends_on = facts | {
         "roles": roles,
@@ -74,25 +78,33 @@ def measure(
             role: records.tensor_hash(study.to_input(images.pixels[:1], role)) for role in roles
         },
     }
-    return records.cached(
-        depends_on,
+    return processes.together(
+        functools.partial(records.cached, depends_on),
         lambda: _measure(study, networks, measurements, images, batch_size, device, facts),
     )
 
 
 def _measure(study, networks, measurements, images, batch_size, device, facts):
+    share = processes.share(len(images) // batch_size)
+    if share.idle:
+        return None
     for model in networks.values():
         model.to(device)
     for measurement in measurements:
         measurement.reset()
+        measurement.process_group = share.group
     wanted = {
         role: [_tap_names(model, measurement.taps, role) for measurement in measurements]
         for role, model in networks.items()
     }
     fired: dict[str, None] = {}  # an ordered set
-    total = -(-len(images) // batch_size) * len(networks)
-    with torch.no_grad(), tqdm(total=total, unit="pass", leave=False) as progress:
+    mine = sum(batch in share for batch in range(-(-len(images) // batch_size)))
+    look = {"total": mine * len(networks), "unit": "pass", "leave": False}
+    look |= {"disable": True} if share.place else {}  # one bar is enough
+    with torch.no_grad(), tqdm(**look) as progress:
         for batch, pixels in enumerate(images.batches(batch_size)):
+            if batch not in share:
+                continue
             pixels = pixels.to(device)
             here = slice(batch * batch_size, batch * batch_size + len(pixels))
             reduced = [_reduce_images(measurement, images, here) for measurement in measurements]
@@ -128,8 +140,7 @@ def _reduce_images(measurement, images, here):
     """What a measurement keeps of a minibatch's images, if it wants any of it."""
     if not hasattr(measurement, "reduce_images"):
         return {}
-    part = Images(images.pixels[here], images.labels[here], images.boxes[here])
-    return {"images": measurement.reduce_images(part)}
+    return {"images": measurement.reduce_images(images[here])}
 
 
 def _reducer(measurement, model):

@@ -1,23 +1,29 @@
 """Studies: at one scale, which images are measured and which network plays which role.
 
-Chapters speak of roles (``vit``, ``resnet``, ``vit_untrained``) and never of checkpoints.
+Chapters speak of roles (``vit``, ``resnet``, ``vit_untrained``) and never of checkpoints. The lab's
+networks are trained by this repository; those of the other studies are public checkpoints, named in
+a TOML file that anyone can copy and edit.
 """
 
 import dataclasses
 import difflib
 import functools
 import json
+import os
 import shutil
+import tomllib
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from lib import images, models, records, scenes, training
+from lib import hub, images, models, photographs, records, scenes, training
 from lib.scenes import TASKS
 from lib.training import Recipe
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+PUBLIC = Path(__file__).parent / "public"
 RUNS = records.ROOT / "runs"
 TEST_IMAGES = 4096
 UNTRAINED = "_untrained"
@@ -39,7 +45,32 @@ class Role:
     task: str = "object"
 
 
-class Lab:
+class Study:
+    """What all studies have in common: networks with roles, and a twin before training of each."""
+
+    name: str
+    roles: dict
+
+    def __repr__(self) -> str:
+        return f"Study {self.name!r} with the roles {', '.join(self.roles)}"
+
+    def has(self, *names: str) -> bool:
+        """Whether the study has all of some roles; ``<role>_untrained`` is there if the role is."""
+        return all(name.removesuffix(UNTRAINED) in self.roles for name in names)
+
+    def role(self, name: str):
+        """The role of a name; ``<role>_untrained`` is the same network before its training."""
+        base = name.removesuffix(UNTRAINED)
+        if base not in self.roles:
+            near = difflib.get_close_matches(base, self.roles, n=1) or list(self.roles)[:1]
+            raise ValueError(
+                f"the study {self.name!r} has no role {name!r} (is it {near[0]!r} you mean?); "
+                f"`python -m lib studies` lists them, and each is also there as <role>{UNTRAINED}"
+            )
+        return self.roles[base]
+
+
+class Lab(Study):
     """Procedural scenes and the small matched networks trained on them by this repository."""
 
     name = "lab"
@@ -82,9 +113,6 @@ class Lab:
         },
     }
 
-    def __repr__(self) -> str:
-        return f"Study {self.name!r} with the roles {', '.join(self.roles)}"
-
     def images(self, n: int, seed: int = 0) -> images.Images:
         """``n`` test scenes that no network was trained on."""
         return images.scene_images(n, "test", seed)
@@ -92,17 +120,6 @@ class Lab:
     def to_input(self, pixels: Tensor, role: str) -> Tensor:
         """uint8 pixels -> what the role's network takes; the same for all networks of the lab."""
         return scenes.to_input(pixels)
-
-    def role(self, name: str) -> Role:
-        """The role of a name; ``<role>_untrained`` is the same network before its training."""
-        base = name.removesuffix(UNTRAINED)
-        if base not in self.roles:
-            near = difflib.get_close_matches(base, self.roles, n=1) or ["vit"]
-            raise ValueError(
-                f"the study {self.name!r} has no role {name!r} (is it {near[0]!r} you mean?); "
-                f"`python -m lib studies` lists them, and each is also there as <role>{UNTRAINED}"
-            )
-        return self.roles[base]
 
     def model(self, name: str) -> nn.Module:
         """The network that plays a role, in evaluation mode."""
@@ -184,11 +201,197 @@ class Lab:
         return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
 
+@dataclasses.dataclass(frozen=True)
+class PublicRole:
+    """A public checkpoint of a study.
+
+    model   : timm's name of it, or ``hf-hub:user/repository``
+    purpose : what it is for
+    licence : of its weights
+    weights : a file of weights to use instead of the public ones
+    seed    : of its untrained twin's random weights
+    """
+
+    model: str
+    purpose: str = ""
+    licence: str = ""
+    weights: str | None = None
+    seed: int = 0
+
+    @property
+    def architecture(self) -> str:
+        return self.model
+
+
+class Public(Study):
+    """Public checkpoints of timm, or a reader's own, on photographs.
+
+    Parameters
+    ----------
+    name : str
+    roles : dict of PublicRole
+    pictures : dict
+        ``folder``, or ``dataset`` with ``root`` and torchvision's options for it; and ``resize``
+        (short side, bicubic) and ``crop`` (the middle), in pixels, the same for all networks.
+    purpose : str
+        One line that says what the study is.
+    home : path
+        Relative paths of folders and weights start here.
+    """
+
+    cards: ClassVar[dict[str, dict]] = {}  # nobody has measured these networks here
+
+    def __init__(self, name, roles, pictures, purpose="", home=None):
+        self.name, self.roles, self.purpose = name, roles, purpose
+        self.home = Path(home or Path.cwd())
+        self.source = dict(pictures)
+        self.resize = self.source.pop("resize", 256)
+        self.crop = self.source.pop("crop", 224)
+        self._last = {}
+
+    @classmethod
+    def read(cls, path) -> "Public":
+        """The study that a TOML file describes; the file's name is its name."""
+        path = Path(path)
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from error
+        _known(path, "", table, {"purpose", "images", "roles"})
+        pictures, roles = table.get("images", {}), table.get("roles", {})
+        if ("folder" in pictures) == ("dataset" in pictures):
+            raise ValueError(
+                f"{path} needs a table [images] with either folder = ... or dataset = ..."
+            )
+        if "folder" in pictures:
+            _known(path, "images.", pictures, {"folder", "resize", "crop"})
+        if not roles:
+            raise ValueError(f"{path} needs roles, for instance [roles.vit] with model = ...")
+        fields = {field.name for field in dataclasses.fields(PublicRole)}
+        for role, entries in roles.items():
+            _known(path, f"roles.{role}.", entries, fields)
+            if "model" not in entries:
+                raise ValueError(f"{path}: the role {role!r} needs model = ..., as timm names it")
+        return cls(
+            path.stem,
+            {role: PublicRole(**entries) for role, entries in roles.items()},
+            pictures,
+            table.get("purpose", ""),
+            path.resolve().parent,
+        )
+
+    def use_folder(self, folder) -> None:
+        """Take the pictures of a folder instead of the study's own."""
+        self.source = {"folder": str(Path(folder).resolve())}
+
+    @functools.cached_property
+    def pictures(self) -> photographs.Pictures:
+        """The files that images are drawn from."""
+        options = dict(self.source)
+        if "folder" in options:
+            return photographs.in_folder(self._path(options["folder"]))
+        root = options.pop("root", None)
+        root = data_folder() if root is None else self._path(root)
+        return photographs.of_torchvision(options.pop("dataset"), root, **options)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.pictures.classes
+
+    def images(self, n: int, seed: int = 0) -> images.Images:
+        """``n`` pictures drawn by a seed, see :func:`lib.photographs.read`."""
+        if (n, seed) not in self._last:  # a chapter asks for the same ones several times
+            self._last = {
+                (n, seed): photographs.read(self.pictures, n, seed, self.resize, self.crop)
+            }
+        return self._last[n, seed]
+
+    def to_input(self, pixels: Tensor, role: str) -> Tensor:
+        """uint8 pixels -> float32, normalised as the role's network was trained."""
+        found = hub.config(self.role(role).model)
+        mean, std = (
+            torch.tensor(found.get(key, default), device=pixels.device)[:, None, None]
+            for key, default in (("mean", [0.5] * 3), ("std", [0.5] * 3))
+        )
+        return (pixels.float() / 255 - mean) / std
+
+    def model(self, name: str) -> nn.Module:
+        """The network that plays a role, in evaluation mode; downloaded if need be."""
+        role = self.role(name)
+        weights = role.weights and self._path(role.weights)
+        if name.endswith(UNTRAINED):
+            return hub.build(role.model, role.seed, self.crop, weights)
+        return hub.pretrained(role.model, self.crop, weights)
+
+    def is_here(self, name: str) -> bool:
+        """Whether a role's weights are on this machine."""
+        role = self.role(name)
+        return self._path(role.weights).is_file() if role.weights else hub.is_here(role.model)
+
+    def facts(self, roles) -> dict:
+        """What a record says of the networks beside their weights' hash, and of the pictures."""
+        played = {name: self.role(name) for name in roles}
+        return {
+            "networks": {
+                name: f"{role.model}, random weights"
+                if name.endswith(UNTRAINED)
+                else f"{role.model}, weights of {Path(role.weights).name}"
+                if role.weights
+                else role.model
+                for name, role in played.items()
+            },
+            "pictures": Path(self.source.get("folder") or self.source["dataset"]).name,
+            "crop": f"short side {self.resize} (bicubic), middle {self.crop}",
+        }
+
+    def _path(self, text) -> Path:
+        """A path of the study's file, in which ``~`` and ``$VARIABLES`` stand for what they are."""
+        expanded = os.path.expandvars(os.path.expanduser(text))
+        if "$" in expanded:
+            raise ValueError(f"the study {self.name!r} names {text!r}, and no such variable is set")
+        return self.home / expanded
+
+
+def _known(path, where: str, table, known: set) -> None:
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: {where.rstrip('.')} must be a table")
+    if odd := sorted(set(table) - known):
+        raise ValueError(
+            f"{path}: {where}{odd[0]} means nothing here; known are {', '.join(sorted(known))}"
+        )
+
+
+def data_folder() -> Path:
+    """Where torchvision keeps data sets: ``data`` in the repository, or ``$VIT_SEE_DATA``."""
+    return Path(os.environ.get("VIT_SEE_DATA", records.ROOT / "data"))
+
+
 STUDIES = {"lab": Lab}
 
 
-def load_study(name: str) -> Lab:
-    """The study of a name: ``"lab"``."""
-    if name not in STUDIES:
-        raise ValueError(f"there is no study {name!r}; there is {', '.join(STUDIES)}")
-    return STUDIES[name]()
+def study_names() -> list[str]:
+    """The studies that come with the book, smallest first."""
+    return [*STUDIES, *sorted((path.stem for path in PUBLIC.glob("*.toml")), key=_SIZES.index)]
+
+
+_SIZES = ["imagenet-small", "imagenet", "imagenet-paper"]
+
+
+def load_study(name: str) -> Study:
+    """The study of a name, such as ``"lab"``, or of a TOML file, such as ``"my/networks.toml"``.
+
+    Relative paths of TOML files start in the working directory, or else in the repository.
+    """
+    if name in STUDIES:
+        return STUDIES[name]()
+    if name in study_names():
+        return Public.read(PUBLIC / f"{name}.toml")
+    if not str(name).endswith(".toml"):
+        raise ValueError(
+            f"there is no study {name!r}; there is {', '.join(study_names())}, "
+            "or give the path of a TOML file of your own"
+        )
+    for home in (Path.cwd(), records.ROOT):
+        if (path := home / Path(name).expanduser()).is_file():
+            return Public.read(path)
+    raise FileNotFoundError(f"there is no file {name} that would describe a study")

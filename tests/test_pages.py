@@ -1,28 +1,122 @@
-"""Code that pages show to readers runs as it stands there."""
+"""What pages show to readers, code and commands and numbers, runs and holds as it stands there."""
 
 import re
+import shlex
+import warnings
 
 import matplotlib
 import pytest
 
+from lib import __main__
 from lib.records import ROOT
+from lib.studies import load_study
 
 PAGES = {
-    "your-own-model": (ROOT / "book" / "your-own-model.md").read_text(encoding="utf-8"),
+    name: (ROOT / "book" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("your-own-model", "bigger")
 }
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_python_on_the_page_runs(page, monkeypatch, tmp_path, capsys):
+def blocks(page):
+    return re.findall(r"```(python|bash|toml)\n(.*?)```", PAGES[page], flags=re.DOTALL)
+
+
+def commands(page):
+    """The library's commands on a page, as lists of arguments, with what starts them."""
+    for kind, text in blocks(page):
+        if kind == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                if "-m lib " in line:
+                    start, _, arguments = line.partition("-m lib ")
+                    yield start, shlex.split(arguments)
+
+
+def runs_offline(arguments):
+    """Whether a command needs nothing that is not on the page or in the repository."""
+    here = {"vit_untrained", "vit", "--study", "mine.toml"}
+    given = set(arguments)
+    needs = {"--cnn", "imagenet", "imagenet-small", "imagenet-paper", "execute"}
+    return bool(given & here or given == {"studies"}) and not given & needs
+
+
+def run_all(page, capsys):
+    """Run a page from top to bottom, as a reader would; what its Python names and prints."""
+    names, printed = {}, []
+    given = iter(list(commands(page)))
+    for kind, text in blocks(page):
+        capsys.readouterr()
+        if kind == "toml":
+            name = re.match(r"# (\S+\.toml)\n", text)[1]
+            with open(name, "w", encoding="utf-8") as file:
+                file.write(text)
+        elif kind == "python":
+            exec(compile(text, page, "exec"), names)
+            printed += capsys.readouterr().out.splitlines()
+        else:
+            for _ in range(text.count("-m lib ")):
+                _, arguments = next(given)
+                if runs_offline(arguments):
+                    assert __main__.main(arguments) == 0, arguments
+    return names, printed
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch, tmp_path):
     matplotlib.use("agg")
-    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
-    blocks = re.findall(r"```python\n(.*?)```", PAGES[page], flags=re.DOTALL)
-    assert len(blocks) >= 2
-    names = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), names)
-    estimate, taps = capsys.readouterr().out.splitlines()
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:CKA is undefined", "ignore:a minibatch of")
+def test_your_own_model(capsys, tmp_path):
+    names, printed = run_all("your-own-model", capsys)
+    networks, estimate, taps, few, more, refusal = printed
+    assert "my-vit.safetensors" in networks
+    assert "test_resnet.r160_in1k, random weights" in networks
     assert re.fullmatch(r"-?\d\.\d{3} \[-?\d\.\d{3}, -?\d\.\d{3}\]", estimate)
     assert taps.count("attn'") == 6
-    assert len(names["figure"].axes) == 4  # three maps and their scale
+    assert (few, more) == ("12", "36")
+    assert "MlpMixer matches 'blocks.*.attn.attn_drop'" in refusal
+    assert len(names["figure"].axes) == 3  # two maps and their scale
     assert names["record"].attrs["study"] == "mine"
+    assert {path.name for path in tmp_path.glob("*.nc")} == {"mine.nc", "vit.nc"}
+
+
+@pytest.mark.filterwarnings("ignore:CKA is undefined")
+def test_bigger(capsys, tmp_path):
+    names, printed = run_all("bigger", capsys)
+    assert "'forward': 1.2" in printed[-1]
+    assert {path.name for path in tmp_path.glob("*.nc")} == {"twin.nc"}
+    rows = re.findall(r"^\| `(\w+\.\w+)` \|(.*)\|$", PAGES["bigger"], flags=re.MULTILINE)
+    assert len(rows) == 8
+    for name, values in rows:
+        taps, forward, gram, memory, rate = (
+            float(value.replace(",", "")) for value in values.split("|")
+        )
+        if name.startswith(("vit_small", "vit_base_patch32", "resnetv2_50x1")):
+            derived = names["cost"](name)
+            assert taps == derived["taps"]
+            assert forward == pytest.approx(derived["forward"], abs=0.01)
+            assert gram == pytest.approx(derived["gram"], abs=0.01)
+            assert memory == pytest.approx(derived["memory"], abs=0.006)
+        assert rate == pytest.approx(1e4 / (forward + gram), rel=0.01)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_on_the_page_are_understood(page, monkeypatch):
+    """Those that need a hub, several machines or hours too."""
+    seen = []
+    monkeypatch.setattr(__main__, "_measure", seen.append)
+    monkeypatch.setattr(__main__, "_studies", seen.append)
+    monkeypatch.setattr(__main__.book, "main", seen.append)
+    given = list(commands(page))
+    for start, arguments in given:
+        assert re.search(r"(\.venv/bin/python|torchrun .*) $", start)
+        assert __main__.main(arguments) == 0
+    assert len(seen) == len(given) >= 5
+    for args in seen:
+        study = getattr(args, "study", None)
+        if study and isinstance(study, str) and study.startswith("imagenet"):
+            for role in args.roles:
+                load_study(study).role(role)

@@ -1,0 +1,262 @@
+"""Public checkpoints: timm's networks with weights from the Hugging Face hub or from a file.
+
+Weights are loaded completely or not at all, and whatever goes wrong on the way is one sentence that
+says what to do about it.
+"""
+
+import difflib
+import errno
+import functools
+import hashlib
+import re
+from pathlib import Path
+
+import safetensors
+import timm
+import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from timm.models import load_model_config_from_hf
+from torch import nn
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+ON_THE_HUB = "hf-hub:"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class HubError(RuntimeError):
+    """Weights that could not be had, or not be read."""
+
+
+@functools.lru_cache
+def config(name: str) -> dict:
+    """What timm knows of a checkpoint: mean and std of its input, licence, where its weights are.
+
+    Parameters
+    ----------
+    name : str
+        As timm spells it, ``"vit_base_patch16_224.augreg_in21k"``, or ``"hf-hub:user/repository"``
+        for a network that somebody else has put on the hub.
+    """
+    if name.startswith(ON_THE_HUB):
+        repository = name.removeprefix(ON_THE_HUB)
+        return _from_hub(name, lambda: load_model_config_from_hf(repository)[0])
+    architecture, _, tag = name.partition(".")
+    known = timm.list_models() if not timm.is_model(architecture) else []
+    if known:
+        near = difflib.get_close_matches(architecture, known, n=1)
+        raise ValueError(
+            f"timm {timm.__version__} has no network {architecture!r}"
+            + (f" (is it {near[0]!r} you mean?)" if near else "")
+            + "; timm.list_models() names all"
+        )
+    tagged = [found.partition(".")[2] for found in timm.list_pretrained(architecture)]
+    if tag and tag not in tagged:
+        raise ValueError(
+            f"timm {timm.__version__} has no checkpoint {name!r}; "
+            f"of this network it has {', '.join(tagged) or 'none'}"
+        )
+    found = timm.get_pretrained_cfg(name)
+    return found.to_dict() if found else {}
+
+
+def build(name: str, seed: int = 0, size: int = 224, weights=None) -> nn.Module:
+    """A network with random weights, the same for the same seed, in evaluation mode.
+
+    ``weights`` is a file of weights for the network, which may have another number of classes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _create(name, size, _classes(config(name), weights)).eval()
+
+
+def pretrained(name: str, size: int = 224, weights=None) -> nn.Module:
+    """A network with its weights, in evaluation mode.
+
+    Parameters
+    ----------
+    name : str
+        See :func:`config`.
+    size : int
+        Side of the images, in pixels: networks that are built for one size are built for this one,
+        and their position embedding is interpolated.
+    weights : path, optional
+        A file of weights for this network (.safetensors, or what ``torch.save`` wrote of tensors)
+        instead of the ones on the hub. It may have another number of classes.
+
+    Raises
+    ------
+    HubError
+        If there are no weights to be had, or they do not fit.
+    """
+    found = config(name)
+    if weights is None:
+        file = fetch(name)
+    elif not (file := Path(weights).expanduser()).is_file():
+        raise FileNotFoundError(f"there is no file of weights {file} for {name}")
+    try:
+        state = timm.models.load_state_dict(str(file))
+    except Exception as error:  # safetensors, zip and pickle have an error each
+        raise HubError(
+            f"{file} cannot be read as weights ({_line(error)}): is it whole, "
+            "and a .safetensors file or a state dict?"
+        ) from error
+    classes = _classes(found, weights, state)
+    source = {"state_dict": state, "source": "", "custom_load": False, "file": None}
+    source |= {} if classes is None else {"num_classes": classes}
+    try:
+        model = _create(name, size, classes, pretrained=True, pretrained_cfg_overlay=source)
+    except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
+        raise HubError(f"{file} does not hold weights of {name}: {_misfit(error)}") from error
+    model.pretrained_cfg = {**model.pretrained_cfg, "state_dict": None}
+    return model.eval()
+
+
+def fetch(name: str) -> Path:
+    """The file of a checkpoint's weights, downloaded if it is not on this machine.
+
+    The hub announces a file's SHA-256; a file that has another one is removed.
+    """
+    repository, revision, files = _place(name)
+    file = _from_hub(name, lambda: _first_of(repository, revision, files))
+    blob = file.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        with blob.open("rb") as content:
+            right = hashlib.file_digest(content, "sha256").hexdigest() == blob.name
+        if not right:
+            file.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+            raise HubError(
+                f"the weights of {name} are damaged: their SHA-256 is not the one that "
+                f"{constants.ENDPOINT} announced; they were removed, so try again or, if it "
+                "happens again, set HF_ENDPOINT to another mirror"
+            )
+    return file
+
+
+def is_here(name: str) -> bool:
+    """Whether a checkpoint's weights are on this machine already, in the hub's cache."""
+    try:
+        repository, revision, files = _place(name)
+    except (HubError, ValueError):
+        return False
+    return any(
+        isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
+        for file in files
+    )
+
+
+def _place(name: str) -> tuple[str, str | None, tuple[str, ...]]:
+    """Repository, revision and possible files of a checkpoint on the hub."""
+    if name.startswith(ON_THE_HUB):
+        identity, file = name.removeprefix(ON_THE_HUB), None
+    else:
+        found = config(name)
+        identity, file = found.get("hf_hub_id"), found.get("hf_hub_filename")
+        if not identity:
+            raise HubError(
+                f"timm {timm.__version__} knows no weights for {name}: add the tag of a "
+                "checkpoint to the name, or give a file of weights"
+            )
+    repository, _, revision = identity.partition("@")
+    return repository, revision or None, (file,) if file else FILES
+
+
+def _first_of(repository, revision, files) -> Path:
+    for file in files:
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            if file == files[-1]:
+                raise
+
+
+def _from_hub(name, download):
+    """Call the hub's client; its errors come out as one sentence."""
+    endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    file = "or give a file of weights"
+    try:
+        return download()
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, OfflineModeIsEnabled):
+            why = "HF_HUB_OFFLINE forbids to download them: unset it"
+        else:
+            why = f"{endpoint} does not answer: set HF_ENDPOINT to a mirror that does"
+        raise HubError(
+            f"the weights of {name} are not on this machine ({cache}), and {why}, set HF_HOME to a "
+            f"folder that has them, {file}"
+        ) from error
+    except GatedRepoError as error:
+        raise HubError(
+            f"{endpoint} gives the weights of {name} only to those who have accepted their terms: "
+            f"do so on its page and set HF_TOKEN, {file}"
+        ) from error
+    except (RepositoryNotFoundError, EntryNotFoundError) as error:
+        raise HubError(
+            f"{endpoint} has no weights of {name} (404): check the name, set HF_ENDPOINT to "
+            f"a mirror that has them, {file}"
+        ) from error
+    except OSError as error:
+        if error.errno in _FULL:
+            raise HubError(
+                f"there is no room in {cache} for the weights of {name}, and nothing was kept: "
+                "make room, or set HF_HOME to a folder on another disk"
+            ) from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise HubError(
+                f"the weights of {name} cannot be written to {cache}: set HF_HOME to a folder "
+                "of yours"
+            ) from error
+        raise _broken_off(name, error) from error
+    except Exception as error:  # whichever HTTP library the client uses
+        raise _broken_off(name, error) from error
+
+
+def _broken_off(name, error):
+    return HubError(
+        f"the download of {name} from {constants.ENDPOINT} broke off, and nothing was kept "
+        f"({_line(error)}): try again, set HF_ENDPOINT to a mirror, or give a file of weights"
+    )
+
+
+def _create(name, size, classes, **source) -> nn.Module:
+    found = config(name)
+    options = {} if classes is None else {"num_classes": classes}
+    if found.get("fixed_input_size"):
+        options["img_size"] = size
+    return timm.create_model(name, **options, **source)
+
+
+def _classes(found: dict, weights, state=None) -> int | None:
+    """How many classes a file of weights has, or None to leave it at timm's number."""
+    classifier = found.get("classifier")
+    if weights is None or not isinstance(classifier, str):
+        return None
+    key = f"{classifier}.weight"
+    if state is None:
+        if Path(weights).suffix != ".safetensors" or not Path(weights).is_file():
+            return None
+        with safetensors.safe_open(str(weights), "pt") as opened:
+            return opened.get_slice(key).get_shape()[0] if key in opened.keys() else 0  # noqa: SIM118
+    return state[key].shape[0] if key in state else 0
+
+
+def _misfit(error: Exception) -> str:
+    """The first thing that does not fit, of torch's list of everything that does not."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
+    return told if len(told) <= 160 else f"{told[:160]}..."
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, which may be long and have several."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(". ")
