@@ -1,10 +1,12 @@
 """Does a token still know where it came from? CKA between every token and every patch.
 
-A token that mostly describes its own patch has Gram matrices like those of the patch's pixels, and
+A token that mostly describes its own patch has a Gram matrix like that of the patch's pixels, and
 unlike those of other patches. All tokens of a layer are compared with all patches of the image at
-once: one small Gram matrix per token and per patch, one matrix product per minibatch.
+once (the paper's Figs. 9 and 10): one small Gram matrix per token and per patch, one matrix product
+per minibatch.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,10 +19,10 @@ from scipy import stats
 from torch import Tensor
 from torchmetrics import Metric
 
-from lib.cka import SMALLEST_BATCH
+from lib.cka import SMALLEST_BATCH, centred_gram
 
 MOST_OTHERS = 8  # class and register tokens in front of the patch tokens
-REPEATS = 200  # of the jackknife
+REPEATS = 200  # halves that an interval is made of
 
 
 def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,31 +80,35 @@ def patches(pixels: Tensor, grid: int) -> Tensor:
 
 
 def token_grams(cells: Tensor) -> Tensor:
-    """Centred Gram matrices (tokens, n, n), in float64, of each token of (n, tokens, width).
+    """Gram matrices (tokens, n, n) of each token of (n, tokens, width), zero on the diagonal.
 
-    What :func:`lib.cka.centred_gram` does for one layer, for all tokens at once. A token that does
-    not vary over the images gives NaN.
+    Up to that diagonal they are centred over the images. For HSIC it is enough if one of the two
+    matrices is U-centred, and the patches' are: U-centring is a projection. So all tokens can share
+    one product of matrices, where :func:`lib.cka.centred_gram` takes them one by one.
     """
     x = cells.transpose(0, 1).contiguous()
     if not x.is_floating_point():
         x = x.double()
     resolution = torch.finfo(x.dtype).eps
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    n, energy = x.shape[1], x.square().sum((1, 2))
-    x = x - x[:, :1]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    energy = x.square().sum((1, 2))
+    x = x - x[:, :1]  # exact: of a token that does not vary nothing is left
     x = x - x.mean(1, keepdim=True)
     gram = x @ x.mT
     constant = gram.diagonal(dim1=1, dim2=2).sum(1) <= resolution**2 * energy
-    gram = gram.to("cpu" if gram.device.type == "mps" else gram.device, torch.float64, copy=True)
-    gram[constant.to(gram.device)] = torch.nan
-    gram.diagonal(dim1=1, dim2=2).zero_()
-    rows = gram.sum(2, keepdim=True)
-    rows = rows / (n - 2) - rows.sum(1, keepdim=True) / (2 * (n - 1) * (n - 2))
-    gram -= rows
-    gram -= rows.mT
+    gram[constant] = 0
     gram.diagonal(dim1=1, dim2=2).zero_()
     return gram
+
+
+def own_hsic(grams: Tensor) -> Tensor:
+    """Unbiased HSIC (k,) of Gram matrices (k, n, n) with themselves, times n (n - 3).
+
+    The matrices have zeros on the diagonal and need not be centred (Song et al., 2012, eq. 5).
+    """
+    n, rows = grams.shape[-1], grams.sum(2)
+    every = rows.sum(1).square() / ((n - 1) * (n - 2))
+    return grams.square().sum((1, 2)) + every - 2 / (n - 2) * rows.square().sum(1)
 
 
 class Localisation(Metric):
@@ -158,12 +164,8 @@ class Localisation(Metric):
         self.names, self.patch_size = [], 0
 
     def reduce(self, value: Tensor) -> Tensor:
-        """What a hook keeps of an activation: a centred Gram matrix per token (tokens, n, n)."""
-        cells = coarsen(split_tokens(value)[0], self.grid)
-        n = len(cells)
-        if n < SMALLEST_BATCH:
-            return cells.new_full((cells.shape[1], n, n), torch.nan)
-        return token_grams(cells).float()
+        """What a hook keeps of an activation: a Gram matrix per token (tokens, n, n)."""
+        return token_grams(coarsen(split_tokens(value)[0], self.grid)).float()
 
     def reduce_images(self, images) -> Tensor:
         """What is kept of a minibatch's images, as long as it lasts: their pixels."""
@@ -205,7 +207,8 @@ class Localisation(Metric):
                 f"grid={coarsest}"
             )
         grid = next(iter(grids.values()))
-        seen = token_grams(patches(pixels, grid)).float()
+        cells = patches(pixels, grid).unbind(1)
+        seen = torch.stack([centred_gram(cell) for cell in cells]).float()
         if not self.names:
             self.names, self.patch_size = list(reduced), pixels.shape[-1] // grid
             self._make_room(grid * grid, next(iter(reduced.values())).device)
@@ -222,8 +225,9 @@ class Localisation(Metric):
         other = seen.roll((1, 1), (1, 2)).flatten(1).to(patch.device)
         self.patch_hsic[group] += weight * (patch @ patch.T)
         for place, name in enumerate(self.names):
-            token = reduced[name].flatten(1).to(patch.device)
-            self.token_hsic[group, place] += weight * token.square().sum(1)
+            token = reduced[name].to(patch.device)
+            self.token_hsic[group, place] += weight * own_hsic(token)
+            token = token.flatten(1)
             self.cross_hsic[group, place] += weight * (token @ patch.T)
             self.shuffled_hsic[place] += weight * (token @ other.T)
         self.seen[group] += n
@@ -300,6 +304,24 @@ def contrast(maps) -> np.ndarray:
     return np.nanmean(maps[..., own], axis=-1) - np.nanmean(maps[..., ~own], axis=-1)
 
 
+def edge_contrast(maps) -> np.ndarray:
+    """How much more edge tokens are like patches at the image's edge than like interior ones.
+
+    Over the tokens at the edge, and over the distances at which there are patches of both kinds:
+    mean CKA (..., tokens, patches) with the ones minus that with the others.
+    """
+    return (np.asarray(maps, dtype=float) * _edge_weights(np.shape(maps)[-1])).sum((-2, -1))
+
+
+def last_loss(scores) -> np.ndarray:
+    """How much more of a score (..., taps) is lost at the last tap than at any one before it.
+
+    Where none before loses anything, what is lost at the last one.
+    """
+    loss = -np.diff(np.asarray(scores, dtype=float), axis=-1)
+    return loss[..., -1] - loss[..., :-1].max(-1).clip(min=0)
+
+
 def expected_distance(maps, patch_size: float = 1.0) -> np.ndarray:
     """How far from its token a map's mass lies on average, in pixels.
 
@@ -340,9 +362,10 @@ def estimate(
         Of the maps (tap, tokens, patches), for instance :func:`hit`, or the difference between two
         of the record's taps.
 
-    The interval is a jackknife that leaves out a random quarter of the groups of minibatches, many
-    times. Leaving out one group at a time gives the same for smooth statistics, but intervals more
-    than twice too wide for :func:`hit`, which jumps when two patches change places.
+    The interval is for what maps of as many images show on average. Random halves of the groups of
+    minibatches are left out; they scatter around the whole as the whole does around the truth, so
+    nothing is scaled up. That suits :func:`hit` as well, which jumps where two patches change
+    places: for such a statistic the jackknife that leaves out one group at a time is inconsistent.
     """
     cross, token = record["cross_hsic"].values, record["token_hsic"].values
     patch = np.diagonal(record["patch_hsic"].values, axis1=1, axis2=2)
@@ -357,7 +380,7 @@ def estimate(
     value, groups = of_sums(sums.sum(0)), len(sums)
     if groups < 2:
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    left_out = max(1, groups // 4)
+    left_out = groups // 2
     stream = np.random.default_rng(0)
     kept = (stream.permutation(groups) >= left_out for _ in range(REPEATS))
     replicates = [of_sums(keep.astype(float) @ sums) for keep in kept]
@@ -370,6 +393,24 @@ def _alignment(cross: np.ndarray, token: np.ndarray, patch: np.ndarray) -> np.nd
     """CKA (..., tokens, patches) from HSICs; NaN where one's own is not positive."""
     token, patch = (np.sqrt(np.where(own > 0, own, np.nan)) for own in (token, patch))
     return cross / (token[..., :, None] * patch[..., None, :])
+
+
+@functools.cache
+def _edge_weights(tokens: int) -> np.ndarray:
+    """Weights (tokens, patches) of :func:`edge_contrast`."""
+    weights, distance, inside = (
+        np.zeros((tokens, tokens)),
+        _distances(tokens),
+        interior_cells(tokens),
+    )
+    rings = 0
+    for token in np.flatnonzero(~inside):
+        for ring in distance[token] == np.unique(distance[token])[1:, None]:
+            edge, interior = ring & ~inside, ring & inside
+            if edge.any() and interior.any():
+                weights[token] += edge / edge.sum() - interior / interior.sum()
+                rings += 1
+    return weights / max(1, rings)
 
 
 def _distances(tokens: int) -> np.ndarray:
