@@ -15,14 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from scipy import stats
 from torch import Tensor
 from torchmetrics import Metric
 
-from lib.cka import SMALLEST_BATCH, centred_gram
+from lib.cka import SMALLEST_BATCH, centred_gram, jackknife_margin
 
 MOST_OTHERS = 8  # class and register tokens in front of the patch tokens
-REPEATS = 200  # halves that an interval is made of
 
 
 def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,8 +291,7 @@ def hit(maps, interior: bool = False) -> np.ndarray:
     maps = np.asarray(maps, dtype=float)
     own = np.diagonal(maps, axis1=-2, axis2=-1)
     best = np.where(np.isnan(maps), -np.inf, maps).argmax(-1)
-    hits = np.where(np.isnan(own), np.nan, best == np.arange(maps.shape[-1]))
-    return np.nanmean(hits[..., interior_cells(maps.shape[-1])] if interior else hits, axis=-1)
+    return _share(best == np.arange(maps.shape[-1]), ~np.isnan(own), interior)
 
 
 def contrast(maps) -> np.ndarray:
@@ -352,41 +349,73 @@ def interior_cells(tokens: int) -> np.ndarray:
 def estimate(
     record: xr.Dataset, statistic: Callable[[np.ndarray], np.ndarray], confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A statistic of a record's maps with its interval over images: value, low, high.
+    """A smooth statistic of a record's maps with its interval over images: value, low, high.
 
     Parameters
     ----------
     record : xarray.Dataset
         From :class:`Localisation`. Select the taps that the statistic speaks of.
     statistic : callable
-        Of the maps (tap, tokens, patches), for instance :func:`hit`, or the difference between two
-        of the record's taps.
+        Of the maps (tap, tokens, patches), for instance :func:`contrast`, or the difference between
+        two of the record's taps. For :func:`hit`, which is not smooth, there is
+        :func:`estimate_hits`.
 
-    The interval is for what maps of as many images show on average. Random halves of the groups of
-    minibatches are left out; they scatter around the whole as the whole does around the truth, so
-    nothing is scaled up. That suits :func:`hit` as well, which jumps where two patches change
-    places: for such a statistic the jackknife that leaves out one group at a time is inconsistent.
+    The interval is a jackknife over groups of minibatches.
     """
+    sums, to_maps = _sums(record)
+    value = np.asarray(statistic(to_maps(sums.sum(0))))
+    margin = jackknife_margin(sums, lambda flat: statistic(to_maps(flat)), confidence)
+    return value, value - margin, value + margin
+
+
+def estimate_hits(
+    record: xr.Dataset, interior: bool = False, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`hit` of every tap (tap,) with bounds for what it would be with all possible images.
+
+    A faint peak drowns in the noise of few images, so hits are too few and become more with more
+    images; no resampling of the images at hand shows that. How far the own patch leads over another
+    is smooth, and its jackknife interval is right. So ``low`` counts the tokens whose own patch
+    leads over all others beyond doubt, and ``high`` those that do not trail any other beyond doubt.
+    In simulations with known maps such bounds held the truth in at least 95 % of the cases.
+    """
+    sums, to_maps = _sums(record)
+
+    def lead(flat):
+        maps = to_maps(flat)
+        return np.diagonal(maps, axis1=-2, axis2=-1)[..., None] - maps
+
+    value, patches = lead(sums.sum(0)), record.sizes["patch"]
+    rivals = ~np.eye(patches, dtype=bool) & ~np.isnan(value)
+    hits = np.where(rivals, value > jackknife_margin(sums, lead, confidence), True).all(-1)
+    # For a false hit one certain lead must be wrong, for a false miss any of so many may be.
+    misses = rivals & (value < -jackknife_margin(sums, lead, 1 - (1 - confidence) / patches))
+    misses, counts = misses.any(-1), rivals.any(-1)
+    found = hit(to_maps(sums.sum(0)), interior)
+    if len(sums) < 2:
+        return found, np.full_like(found, np.nan), np.full_like(found, np.nan)
+    return found, _share(hits, counts, interior), _share(~misses, counts, interior)
+
+
+def _sums(record):
+    """The record's HSICs, flat by group (groups, ...), and how to make maps of their sum."""
     cross, token = record["cross_hsic"].values, record["token_hsic"].values
     patch = np.diagonal(record["patch_hsic"].values, axis1=1, axis2=2)
-    shapes = [sums.shape[1:] for sums in (cross, token, patch)]
-    sums = np.concatenate([part.reshape(len(part), -1) for part in (cross, token, patch)], axis=1)
-    sums, ends = sums.astype(float), np.cumsum([math.prod(shape) for shape in shapes[:-1]])
+    shapes = [states.shape[1:] for states in (cross, token, patch)]
+    ends = np.cumsum([math.prod(shape) for shape in shapes[:-1]])
 
-    def of_sums(flat):
+    def to_maps(flat):
         parts = zip(np.split(flat, ends), shapes, strict=True)
-        return np.asarray(statistic(_alignment(*(part.reshape(shape) for part, shape in parts))))
+        return _alignment(*(part.reshape(shape) for part, shape in parts))
 
-    value, groups = of_sums(sums.sum(0)), len(sums)
-    if groups < 2:
-        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    left_out = groups // 2
-    stream = np.random.default_rng(0)
-    kept = (stream.permutation(groups) >= left_out for _ in range(REPEATS))
-    replicates = [of_sums(keep.astype(float) @ sums) for keep in kept]
-    error = np.std(replicates, axis=0) * np.sqrt((groups - left_out) / left_out)
-    margin = stats.t.ppf(0.5 + confidence / 2, groups - 1) * error
-    return value, value - margin, value + margin
+    flat = [states.reshape(len(states), -1) for states in (cross, token, patch)]
+    return np.concatenate(flat, axis=1, dtype=float), to_maps
+
+
+def _share(which: np.ndarray, counts: np.ndarray, interior: bool) -> np.ndarray:
+    """Share of the tokens (..., tokens) that count, or of the interior ones."""
+    which = np.where(counts, which, np.nan)
+    return np.nanmean(which[..., interior_cells(which.shape[-1])] if interior else which, axis=-1)
 
 
 def _alignment(cross: np.ndarray, token: np.ndarray, patch: np.ndarray) -> np.ndarray:

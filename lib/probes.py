@@ -348,9 +348,8 @@ def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
                 continue
             fit, held = (Part(x[..., i, :], targets[i]) for i in (fitted, held_out))
             penalties = PENALTIES
-            if (
-                x.dim() == 3
-            ):  # to choose what all tokens share, the diagonal of their grid is enough
+            if x.dim() == 3:
+                # To choose the penalty that all tokens share, the diagonal of their grid is enough.
                 some = slice(None, None, math.isqrt(len(x)) + 1)
                 few, few_held = (Part(part.features[some], part.targets) for part in (fit, held))
                 penalties = [read_out(few, few_held, few_held.features, accuracy)[1]]
