@@ -1,10 +1,12 @@
 """Does a token still know where it came from? CKA between every token and every patch.
 
-A token that mostly describes its own patch has Gram matrices like those of the patch's pixels, and
+A token that mostly describes its own patch has a Gram matrix like that of the patch's pixels, and
 unlike those of other patches. All tokens of a layer are compared with all patches of the image at
-once: one small Gram matrix per token and per patch, one matrix product per minibatch.
+once (the paper's Figs. 9 and 10): one small Gram matrix per token and per patch, one matrix product
+per minibatch.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,14 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from scipy import stats
 from torch import Tensor
 from torchmetrics import Metric
 
-from lib.cka import SMALLEST_BATCH
+from lib.cka import SMALLEST_BATCH, centred_gram, jackknife_margin
 
 MOST_OTHERS = 8  # class and register tokens in front of the patch tokens
-REPEATS = 200  # of the jackknife
 
 
 def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,31 +78,35 @@ def patches(pixels: Tensor, grid: int) -> Tensor:
 
 
 def token_grams(cells: Tensor) -> Tensor:
-    """Centred Gram matrices (tokens, n, n), in float64, of each token of (n, tokens, width).
+    """Gram matrices (tokens, n, n) of each token of (n, tokens, width), zero on the diagonal.
 
-    What :func:`lib.cka.centred_gram` does for one layer, for all tokens at once. A token that does
-    not vary over the images gives NaN.
+    Up to that diagonal they are centred over the images. For HSIC it is enough if one of the two
+    matrices is U-centred, and the patches' are: U-centring is a projection. So all tokens can share
+    one product of matrices, where :func:`lib.cka.centred_gram` takes them one by one.
     """
     x = cells.transpose(0, 1).contiguous()
     if not x.is_floating_point():
         x = x.double()
     resolution = torch.finfo(x.dtype).eps
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    n, energy = x.shape[1], x.square().sum((1, 2))
-    x = x - x[:, :1]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    energy = x.square().sum((1, 2))
+    x = x - x[:, :1]  # exact: of a token that does not vary nothing is left
     x = x - x.mean(1, keepdim=True)
     gram = x @ x.mT
     constant = gram.diagonal(dim1=1, dim2=2).sum(1) <= resolution**2 * energy
-    gram = gram.to("cpu" if gram.device.type == "mps" else gram.device, torch.float64, copy=True)
-    gram[constant.to(gram.device)] = torch.nan
-    gram.diagonal(dim1=1, dim2=2).zero_()
-    rows = gram.sum(2, keepdim=True)
-    rows = rows / (n - 2) - rows.sum(1, keepdim=True) / (2 * (n - 1) * (n - 2))
-    gram -= rows
-    gram -= rows.mT
+    gram[constant] = 0
     gram.diagonal(dim1=1, dim2=2).zero_()
     return gram
+
+
+def own_hsic(grams: Tensor) -> Tensor:
+    """Unbiased HSIC (k,) of Gram matrices (k, n, n) with themselves, times n (n - 3).
+
+    The matrices have zeros on the diagonal and need not be centred (Song et al., 2012, eq. 5).
+    """
+    n, rows = grams.shape[-1], grams.sum(2)
+    every = rows.sum(1).square() / ((n - 1) * (n - 2))
+    return grams.square().sum((1, 2)) + every - 2 / (n - 2) * rows.square().sum(1)
 
 
 class Localisation(Metric):
@@ -158,12 +162,8 @@ class Localisation(Metric):
         self.names, self.patch_size = [], 0
 
     def reduce(self, value: Tensor) -> Tensor:
-        """What a hook keeps of an activation: a centred Gram matrix per token (tokens, n, n)."""
-        cells = coarsen(split_tokens(value)[0], self.grid)
-        n = len(cells)
-        if n < SMALLEST_BATCH:
-            return cells.new_full((cells.shape[1], n, n), torch.nan)
-        return token_grams(cells).float()
+        """What a hook keeps of an activation: a Gram matrix per token (tokens, n, n)."""
+        return token_grams(coarsen(split_tokens(value)[0], self.grid)).float()
 
     def reduce_images(self, images) -> Tensor:
         """What is kept of a minibatch's images, as long as it lasts: their pixels."""
@@ -205,7 +205,8 @@ class Localisation(Metric):
                 f"grid={coarsest}"
             )
         grid = next(iter(grids.values()))
-        seen = token_grams(patches(pixels, grid)).float()
+        cells = patches(pixels, grid).unbind(1)
+        seen = torch.stack([centred_gram(cell) for cell in cells]).float()
         if not self.names:
             self.names, self.patch_size = list(reduced), pixels.shape[-1] // grid
             self._make_room(grid * grid, next(iter(reduced.values())).device)
@@ -222,8 +223,9 @@ class Localisation(Metric):
         other = seen.roll((1, 1), (1, 2)).flatten(1).to(patch.device)
         self.patch_hsic[group] += weight * (patch @ patch.T)
         for place, name in enumerate(self.names):
-            token = reduced[name].flatten(1).to(patch.device)
-            self.token_hsic[group, place] += weight * token.square().sum(1)
+            token = reduced[name].to(patch.device)
+            self.token_hsic[group, place] += weight * own_hsic(token)
+            token = token.flatten(1)
             self.cross_hsic[group, place] += weight * (token @ patch.T)
             self.shuffled_hsic[place] += weight * (token @ other.T)
         self.seen[group] += n
@@ -289,8 +291,7 @@ def hit(maps, interior: bool = False) -> np.ndarray:
     maps = np.asarray(maps, dtype=float)
     own = np.diagonal(maps, axis1=-2, axis2=-1)
     best = np.where(np.isnan(maps), -np.inf, maps).argmax(-1)
-    hits = np.where(np.isnan(own), np.nan, best == np.arange(maps.shape[-1]))
-    return np.nanmean(hits[..., interior_cells(maps.shape[-1])] if interior else hits, axis=-1)
+    return _share(best == np.arange(maps.shape[-1]), ~np.isnan(own), interior)
 
 
 def contrast(maps) -> np.ndarray:
@@ -298,6 +299,24 @@ def contrast(maps) -> np.ndarray:
     maps = np.asarray(maps, dtype=float)
     own = np.eye(maps.shape[-1], dtype=bool)
     return np.nanmean(maps[..., own], axis=-1) - np.nanmean(maps[..., ~own], axis=-1)
+
+
+def edge_contrast(maps) -> np.ndarray:
+    """How much more edge tokens are like patches at the image's edge than like interior ones.
+
+    Over the tokens at the edge, and over the distances at which there are patches of both kinds:
+    mean CKA (..., tokens, patches) with the ones minus that with the others.
+    """
+    return (np.asarray(maps, dtype=float) * _edge_weights(np.shape(maps)[-1])).sum((-2, -1))
+
+
+def last_loss(scores) -> np.ndarray:
+    """How much more of a score (..., taps) is lost at the last tap than at any one before it.
+
+    Where none before loses anything, what is lost at the last one.
+    """
+    loss = -np.diff(np.asarray(scores, dtype=float), axis=-1)
+    return loss[..., -1] - loss[..., :-1].max(-1).clip(min=0)
 
 
 def expected_distance(maps, patch_size: float = 1.0) -> np.ndarray:
@@ -330,46 +349,97 @@ def interior_cells(tokens: int) -> np.ndarray:
 def estimate(
     record: xr.Dataset, statistic: Callable[[np.ndarray], np.ndarray], confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A statistic of a record's maps with its interval over images: value, low, high.
+    """A smooth statistic of a record's maps with its interval over images: value, low, high.
 
     Parameters
     ----------
     record : xarray.Dataset
         From :class:`Localisation`. Select the taps that the statistic speaks of.
     statistic : callable
-        Of the maps (tap, tokens, patches), for instance :func:`hit`, or the difference between two
-        of the record's taps.
+        Of the maps (tap, tokens, patches), for instance :func:`contrast`, or the difference between
+        two of the record's taps. For :func:`hit`, which is not smooth, there is
+        :func:`estimate_hits`.
 
-    The interval is a jackknife that leaves out a random quarter of the groups of minibatches, many
-    times. Leaving out one group at a time gives the same for smooth statistics, but intervals more
-    than twice too wide for :func:`hit`, which jumps when two patches change places.
+    The interval is a jackknife over groups of minibatches.
     """
+    sums, to_maps = _sums(record)
+    value = np.asarray(statistic(to_maps(sums.sum(0))))
+    margin = jackknife_margin(sums, lambda flat: statistic(to_maps(flat)), confidence)
+    return value, value - margin, value + margin
+
+
+def estimate_hits(
+    record: xr.Dataset, interior: bool = False, confidence: float = 0.95
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """:func:`hit` of every tap (tap,) with bounds for what it would be with all possible images.
+
+    A faint peak drowns in the noise of few images, so hits are too few and become more with more
+    images; no resampling of the images at hand shows that. How far the own patch leads over another
+    is smooth, and its jackknife interval is right. So ``low`` counts the tokens whose own patch
+    leads over all others beyond doubt, and ``high`` those that do not trail any other beyond doubt.
+    In simulations with known maps such bounds held the truth in at least 95 % of the cases.
+    """
+    sums, to_maps = _sums(record)
+
+    def lead(flat):
+        maps = to_maps(flat)
+        return np.diagonal(maps, axis1=-2, axis2=-1)[..., None] - maps
+
+    value, patches = lead(sums.sum(0)), record.sizes["patch"]
+    rivals = ~np.eye(patches, dtype=bool) & ~np.isnan(value)
+    hits = np.where(rivals, value > jackknife_margin(sums, lead, confidence), True).all(-1)
+    # For a false hit one certain lead must be wrong, for a false miss any of so many may be.
+    misses = rivals & (value < -jackknife_margin(sums, lead, 1 - (1 - confidence) / patches))
+    misses, counts = misses.any(-1), rivals.any(-1)
+    found = hit(to_maps(sums.sum(0)), interior)
+    if len(sums) < 2:
+        return found, np.full_like(found, np.nan), np.full_like(found, np.nan)
+    return found, _share(hits, counts, interior), _share(~misses, counts, interior)
+
+
+def _sums(record):
+    """The record's HSICs, flat by group (groups, ...), and how to make maps of their sum."""
     cross, token = record["cross_hsic"].values, record["token_hsic"].values
     patch = np.diagonal(record["patch_hsic"].values, axis1=1, axis2=2)
-    shapes = [sums.shape[1:] for sums in (cross, token, patch)]
-    sums = np.concatenate([part.reshape(len(part), -1) for part in (cross, token, patch)], axis=1)
-    sums, ends = sums.astype(float), np.cumsum([math.prod(shape) for shape in shapes[:-1]])
+    shapes = [states.shape[1:] for states in (cross, token, patch)]
+    ends = np.cumsum([math.prod(shape) for shape in shapes[:-1]])
 
-    def of_sums(flat):
+    def to_maps(flat):
         parts = zip(np.split(flat, ends), shapes, strict=True)
-        return np.asarray(statistic(_alignment(*(part.reshape(shape) for part, shape in parts))))
+        return _alignment(*(part.reshape(shape) for part, shape in parts))
 
-    value, groups = of_sums(sums.sum(0)), len(sums)
-    if groups < 2:
-        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    left_out = max(1, groups // 4)
-    stream = np.random.default_rng(0)
-    kept = (stream.permutation(groups) >= left_out for _ in range(REPEATS))
-    replicates = [of_sums(keep.astype(float) @ sums) for keep in kept]
-    error = np.std(replicates, axis=0) * np.sqrt((groups - left_out) / left_out)
-    margin = stats.t.ppf(0.5 + confidence / 2, groups - 1) * error
-    return value, value - margin, value + margin
+    flat = [states.reshape(len(states), -1) for states in (cross, token, patch)]
+    return np.concatenate(flat, axis=1, dtype=float), to_maps
+
+
+def _share(which: np.ndarray, counts: np.ndarray, interior: bool) -> np.ndarray:
+    """Share of the tokens (..., tokens) that count, or of the interior ones."""
+    which = np.where(counts, which, np.nan)
+    return np.nanmean(which[..., interior_cells(which.shape[-1])] if interior else which, axis=-1)
 
 
 def _alignment(cross: np.ndarray, token: np.ndarray, patch: np.ndarray) -> np.ndarray:
     """CKA (..., tokens, patches) from HSICs; NaN where one's own is not positive."""
     token, patch = (np.sqrt(np.where(own > 0, own, np.nan)) for own in (token, patch))
     return cross / (token[..., :, None] * patch[..., None, :])
+
+
+@functools.cache
+def _edge_weights(tokens: int) -> np.ndarray:
+    """Weights (tokens, patches) of :func:`edge_contrast`."""
+    weights, distance, inside = (
+        np.zeros((tokens, tokens)),
+        _distances(tokens),
+        interior_cells(tokens),
+    )
+    rings = 0
+    for token in np.flatnonzero(~inside):
+        for ring in distance[token] == np.unique(distance[token])[1:, None]:
+            edge, interior = ring & ~inside, ring & inside
+            if edge.any() and interior.any():
+                weights[token] += edge / edge.sum() - interior / interior.sum()
+                rings += 1
+    return weights / max(1, rings)
 
 
 def _distances(tokens: int) -> np.ndarray:

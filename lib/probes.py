@@ -1,8 +1,8 @@
 """Linear probes: what can be read from a layer's tokens by a linear map, the network left as it is.
 
 Classes are read by least squares on targets of +1 and -1, the object's place by least squares on
-its centre. Both have a closed form, so a whole grid of penalties costs one eigen-decomposition, and
-thousands of probes (every token of every layer) take seconds.
+its centre. Both have a closed form, so thousands of probes (every token of every layer, the paper's
+Fig. 11) take seconds.
 """
 
 import math
@@ -19,7 +19,7 @@ from torchmetrics import Metric
 
 from lib.localisation import coarsen, split_tokens
 
-PENALTIES = tuple(2.0**power for power in range(-4, 21, 2))
+PENALTIES = tuple(8.0**power for power in range(7))
 READOUTS = ("class token", "mean of patches", "mean of all", "first patch")
 ARRANGEMENTS = ("patches side by side", "mean of patches")
 
@@ -31,8 +31,11 @@ class Part(NamedTuple):
     targets: Tensor
 
 
-def ridge(fit: Part, penalties=PENALTIES) -> tuple[Tensor, Tensor]:
+def ridge(fit: Part, penalties) -> tuple[Tensor, Tensor]:
     """Linear maps that minimise squared error + penalty x squared weights, one for every penalty.
+
+    The penalty is on the weights of standardised features, of mean 0 and variance 1 over the images
+    of the fit; the maps are for features as they are.
 
     Returns
     -------
@@ -41,19 +44,29 @@ def ridge(fit: Part, penalties=PENALTIES) -> tuple[Tensor, Tensor]:
         Not penalised. (The code this follows appends a constant feature of 100 instead, which
         penalises the bias by a ten-thousandth.)
     """
-    x, y = fit.features, fit.targets.to(fit.features.dtype)
-    penalties = torch.as_tensor(penalties, dtype=x.dtype, device=x.device)
-    x_mean, y_mean = x.mean(-2, keepdim=True), y.mean(-2, keepdim=True)
-    x, y = x - x_mean, y - y_mean
+    mean = fit.features.mean(-2, keepdim=True)
+    x = fit.features - mean
+    deviation = x.square().mean(-2, keepdim=True).sqrt()
+    # What is no more than rounding is no feature.
+    deviation = torch.where(deviation > 4 * torch.finfo(x.dtype).eps * mean.abs(), deviation, 1)
+    x /= deviation
+    y = fit.targets.to(x.dtype)
+    y_mean = y.mean(-2, keepdim=True)
+    y = (y - y_mean).expand(*x.shape[:-1], -1)
     # With K = X X', (X'X + p)^-1 X'Y = X' (K + p)^-1 Y: take the smaller of the two matrices.
     wide = x.shape[-1] > x.shape[-2]
-    values, vectors = torch.linalg.eigh(x @ x.mT if wide else x.mT @ x)
-    part = vectors.mT @ (y if wide else x.mT @ y)
-    shrunk = part.unsqueeze(-2) / (values.clamp(min=0).unsqueeze(-1) + penalties).unsqueeze(-1)
-    weights = vectors @ shrunk.flatten(-2)
-    weights = x.mT @ weights if wide else weights
-    bias = y_mean.squeeze(-2) - (x_mean @ weights).squeeze(-2).unflatten(-1, shrunk.shape[-2:])
-    return weights.unflatten(-1, shrunk.shape[-2:]), bias
+    gram, right = (x @ x.mT, y) if wide else (x.mT @ x, x.mT @ y)
+    one = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    weights = torch.cat([torch.linalg.solve(gram + p * one, right) for p in penalties], dim=-1)
+    weights = (x.mT @ weights if wide else weights) / deviation.mT
+    shape = (len(penalties), y.shape[-1])
+    bias = y_mean - (mean @ weights).unflatten(-1, shape).squeeze(-3)
+    return weights.unflatten(-1, shape), bias
+
+
+def read(features: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """What :func:`ridge`'s maps make of features (..., m, width): (..., m, penalties, outputs)."""
+    return (features @ weights.flatten(-2)).unflatten(-1, bias.shape[-2:]) + bias.unsqueeze(-3)
 
 
 def read_out(
@@ -63,39 +76,31 @@ def read_out(
     merit: Callable[[Tensor, Tensor], Tensor],
     penalties=PENALTIES,
 ) -> tuple[Tensor, float]:
-    """Read targets from features by the ridge whose penalty does best on held-out training images.
-
-    Features are first standardised by the mean and deviation of those that are fitted.
+    """Read targets by the ridge whose penalty does best on training images that were held out.
 
     Parameters
     ----------
     fit, held_out : Part
-        Two parts of the training images. Features may have leading axes (``(cells, n, width)``):
+        Two parts of the training images. Features may have leading axes ``(tokens, n, width)``:
         a probe for each, all with the same penalty.
     features : Tensor (..., m, width)
         Of the images to read from.
     merit : callable
         Of outputs and targets (..., n, outputs); more is better. :func:`accuracy` or
         :func:`negative_error`.
+    penalties : sequence of float
+        In increasing order; of equals the strongest is taken.
 
     Returns
     -------
     outputs : Tensor (..., m, outputs)
     penalty : float
     """
-    deviation, mean = torch.std_mean(fit.features, dim=-2, keepdim=True, correction=0)
-    deviation = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
-    weights, bias = ridge(Part((fit.features - mean) / deviation, fit.targets), penalties)
-    # Cheaper than to standardise the other images as well.
-    weights = weights / deviation.mT.unsqueeze(-1)
-    bias = bias - (mean @ weights.flatten(-2)).squeeze(-2).unflatten(-1, bias.shape[-2:])
-
-    outputs = (held_out.features @ weights.flatten(-2)).unflatten(-1, bias.shape[-2:])
-    outputs = (outputs + bias.unsqueeze(-3)).movedim(-2, 0)
-    merits = merit(outputs, held_out.targets.to(outputs.dtype)).reshape(len(penalties), -1).mean(1)
-    best = len(penalties) - 1 - int(merits.flip(0).argmax())  # of equals the strongest
-    outputs = features @ weights[..., best, :] + bias[..., best, :].unsqueeze(-2)
-    return outputs, float(penalties[best])
+    maps = ridge(fit, penalties)
+    merits = merit(read(held_out.features, *maps).movedim(-2, 0), held_out.targets)
+    merits = merits.reshape(len(penalties), -1).mean(1)
+    best = len(penalties) - 1 - int(merits.flip(0).argmax())
+    return read(features, *maps)[..., best, :], penalties[best]
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -118,11 +123,11 @@ def few_shot(labels: Tensor, shots: int, draws: int, seed: int = 0) -> list[Tens
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = {int(label): order[labels[order] == label] for label in labels.unique()}
     rarest = min(by_class, key=lambda label: len(by_class[label]))
-    if len(by_class[rarest]) < shots * draws:
+    if len(by_class[rarest]) <= shots * draws:
         raise ValueError(
-            f"{draws} draws of {shots} images per class need {shots * draws} of each, and there "
-            f"are only {len(by_class[rarest])} of class {rarest} among the {len(labels)} training "
-            "images: measure more images, or lower shots or draws"
+            f"{draws} draws of {shots} images per class, and images to test on, need more than "
+            f"{shots * draws} of each, and there are only {len(by_class[rarest])} of class "
+            f"{rarest} among {len(labels)}: measure more images, or lower shots or draws"
         )
     return [
         torch.cat([members[draw * shots : (draw + 1) * shots] for members in by_class.values()])
@@ -133,10 +138,9 @@ def few_shot(labels: Tensor, shots: int, draws: int, seed: int = 0) -> list[Tens
 class Probes(Metric):
     """What can be read from the tapped layers: the image's class and the object's place.
 
-    The images are divided in their order: a first part trains the probes, the rest tests them. A
-    draw fits its probes on ``shots`` images of every class; the penalty is chosen on as many of the
-    training images that it left over. The place is read by probes fitted on four fifths of the
-    training images, with the penalty chosen on the last fifth.
+    ``shots`` images of every class are drawn several times, never the same ones. Each draw fits its
+    probes for the class, and the next draw's images choose their penalty. Probes for the place are
+    fitted on all draws but the last, which chooses theirs. All other images test all probes.
 
     Parameters
     ----------
@@ -150,8 +154,6 @@ class Probes(Metric):
         early stages of ResNets.
     shots, draws : int
         Images per class, and how many times they are drawn.
-    share : float
-        Of the images, how many are training images.
     seed : int
         Of the draws.
     budget : int
@@ -170,17 +172,14 @@ class Probes(Metric):
         width: int | None = None,
         shots: int = 10,
         draws: int = 3,
-        share: float = 0.5,
         seed: int = 0,
         budget: int = 2 * 2**30,
     ):
         super().__init__()
         if draws < 2:
             raise ValueError(f"the spread over draws needs at least 2 of them, not {draws}")
-        if not 0 < share < 1:
-            raise ValueError(f"the share of training images must be between 0 and 1, not {share}")
         self.taps, self.grid, self.width = taps, grid, width
-        self.shots, self.draws, self.share, self.seed = shots, draws, share, seed
+        self.shots, self.draws, self.seed = shots, draws, seed
         self.budget = budget
         self.names: list[str] = []
         self.kept = 0
@@ -190,7 +189,7 @@ class Probes(Metric):
     @property
     def settings(self) -> dict:
         """What a record of this measurement depends on."""
-        wanted = ("taps", "grid", "width", "shots", "draws", "share", "seed")
+        wanted = ("taps", "grid", "width", "shots", "draws", "seed")
         return {name: getattr(self, name) for name in wanted}
 
     def reset(self) -> None:
@@ -269,12 +268,13 @@ class Probes(Metric):
         Returns
         -------
         xarray.Dataset
-            ``right`` (tap, draw, readout, image): whether the class was read rightly, 1 or 0, NaN
-            for a read-out that the network does not have. ``token_right`` (tap, draw, image): the
-            share of the single-token probes that read it rightly; ``token_accuracy`` (tap, draw,
-            token): the share of images each of them read rightly. ``centre`` (tap, arrangement,
-            image, axis): the object's centre as read from the layer; ``true_centre`` (image, axis),
-            in pixels. ``penalty`` (tap, draw, readout or single tokens): as chosen.
+            ``right`` (tap, draw, readout, image): whether the class of a test image was read
+            rightly, 1 or 0, NaN for a read-out that the network does not have. ``token_right``
+            (tap, draw, image): the share of the single-token probes that read it rightly.
+            ``token_accuracy`` (tap, draw, token): the share of images each of them read rightly.
+            ``penalty`` (tap, draw, readout or single tokens): as chosen. ``centre`` (tap,
+            arrangement, image, axis): the object's centre as read from the layer, in pixels;
+            ``true_centre`` (image, axis).
         """
         if not self.names:
             raise ValueError("probes need images, and none were added")
@@ -282,16 +282,18 @@ class Probes(Metric):
         order = torch.argsort(_together(self.order), stable=True)
         labels, centres = _together(self.labels)[order], _together(self.centres)[order]
         dealt = not torch.equal(order, torch.arange(len(order)))
-        train = round(self.share * len(labels))
-        draws = few_shot(labels[:train], self.shots, self.draws, self.seed)
+        draws = few_shot(labels, self.shots, self.draws, self.seed)
+        test = torch.ones(len(labels), dtype=torch.bool)
+        test[torch.cat(draws)] = False
+        test = test.nonzero()[:, 0]
         per_tap = []
         for place in range(len(self.names)):
             # Tokens first, so that each has its matrix of features.
             features = _together(getattr(self, f"features_{place}"))
             features = (features[order] if dealt else features).transpose(0, 1)
             per_tap.append(
-                _probe_classes(features, labels, train, draws)
-                | _find_objects(features, centres, train)
+                _probe_classes(features, labels, draws, test)
+                | _find_objects(features, centres, draws, test)
             )
         axes = {
             "right": ("tap", "draw", "readout", "image"),
@@ -303,7 +305,7 @@ class Probes(Metric):
         arrays = {
             name: (over, np.stack([one[name] for one in per_tap])) for name, over in axes.items()
         }
-        arrays["true_centre"] = (("image", "axis"), centres[train:].numpy())
+        arrays["true_centre"] = (("image", "axis"), centres[test].numpy())
         coords = {
             "tap": self.names,
             "readout": list(READOUTS),
@@ -326,10 +328,9 @@ def into_channels(value: Tensor, width: int, grid: int) -> Tensor:
     return F.pixel_unshuffle(value, max(fitting, default=1))
 
 
-def _probe_classes(features, labels, train, draws) -> dict[str, np.ndarray]:
+def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
     """All probes of one tap for the class, from its features (2 + tokens, n, width)."""
-    classes = int(labels.max()) + 1
-    targets = signs(labels, classes)
+    targets = signs(labels, int(labels.max()) + 1)
     side_inputs = {
         "class token": features[0],
         "mean of patches": features[2:].mean(0),
@@ -338,28 +339,27 @@ def _probe_classes(features, labels, train, draws) -> dict[str, np.ndarray]:
     }
     inputs = [*(side_inputs[name] for name in READOUTS), features[2:]]
     right, token_right, token_accuracy, penalty = [], [], [], []
-    for chosen in draws:
-        left_over = torch.ones(train, dtype=torch.bool)
-        left_over[chosen] = False
-        left_over = left_over.nonzero()[: len(chosen), 0]
-        hits, chosen_penalties = [], []
+    for fitted, held_out in zip(draws, [*draws[1:], draws[0]], strict=True):
+        hits, chosen = [], []
         for x in inputs:
             if x[..., 0, :].isnan().any():
-                hits.append(torch.full((len(labels) - train,), torch.nan))
-                chosen_penalties.append(math.nan)
+                hits.append(torch.full(test.shape, torch.nan))
+                chosen.append(math.nan)
                 continue
-            outputs, best = read_out(
-                Part(x[..., chosen, :], targets[chosen]),
-                Part(x[..., left_over, :], targets[left_over]),
-                x[..., train:, :],
-                accuracy,
-            )
-            hits.append((outputs.argmax(-1) == labels[train:]).float())
-            chosen_penalties.append(best)
+            fit, held = (Part(x[..., i, :], targets[i]) for i in (fitted, held_out))
+            penalties = PENALTIES
+            if x.dim() == 3:
+                # To choose the penalty that all tokens share, the diagonal of their grid is enough.
+                some = slice(None, None, math.isqrt(len(x)) + 1)
+                few, few_held = (Part(part.features[some], part.targets) for part in (fit, held))
+                penalties = [read_out(few, few_held, few_held.features, accuracy)[1]]
+            outputs, best = read_out(fit, held, x[..., test, :], accuracy, penalties)
+            hits.append((outputs.argmax(-1) == labels[test]).float())
+            chosen.append(best)
         right.append(torch.stack(hits[:-1]))
         token_right.append(hits[-1].mean(0))
         token_accuracy.append(hits[-1].mean(1))
-        penalty.append(chosen_penalties)
+        penalty.append(chosen)
     return {
         "right": torch.stack(right).numpy(),
         "token_right": torch.stack(token_right).numpy(),
@@ -368,13 +368,13 @@ def _probe_classes(features, labels, train, draws) -> dict[str, np.ndarray]:
     }
 
 
-def _find_objects(features, centres, train) -> dict[str, np.ndarray]:
+def _find_objects(features, centres, draws, test) -> dict[str, np.ndarray]:
     """The object's centre as read from one tap, from its features (2 + tokens, n, width)."""
-    fit = round(0.8 * train)
+    fitted, held_out = torch.cat(draws[:-1]), draws[-1]
     found = []
     for x in (features[2:].transpose(0, 1).flatten(1), features[2:].mean(0)):
-        parts = [Part(x[:fit], centres[:fit]), Part(x[fit:train], centres[fit:train])]
-        found.append(read_out(*parts, x[train:], negative_error)[0])
+        fit, held = (Part(x[i], centres[i]) for i in (fitted, held_out))
+        found.append(read_out(fit, held, x[test], negative_error)[0])
     return {"centre": torch.stack(found).numpy()}
 
 

@@ -8,15 +8,19 @@ import pytest
 import torch
 from scipy import stats
 
-from lib.cka import centred_gram, cka
+from lib.cka import centre, centred_gram, cka
 from lib.localisation import (
     Localisation,
     coarsen,
     contrast,
+    edge_contrast,
     estimate,
+    estimate_hits,
     expected_distance,
     hit,
     interior_cells,
+    last_loss,
+    own_hsic,
     patches,
     split_tokens,
     token_grams,
@@ -129,7 +133,25 @@ def test_grids_that_do_not_fit_are_refused():
 def test_grams_are_those_of_cka_one_token_at_a_time(dtype, offset):
     cells = (10 * draw(12, 9, 20) + offset).to(dtype)
     expected = torch.stack([centred_gram(cells[:, place]) for place in range(9)])
-    assert torch.allclose(token_grams(cells), expected, rtol=1e-4, atol=1e-4 * expected.std())
+    found = token_grams(cells)
+    assert found.dtype == (
+        torch.float64 if dtype in (torch.float64, torch.int64) else torch.float32
+    )
+    found = found.double()
+    assert torch.allclose(torch.stack([*map(centre, found)]), expected, rtol=1e-4, atol=1e-2)
+    assert torch.allclose(own_hsic(found), expected.square().sum((1, 2)), rtol=1e-4)
+    # One side centred is enough.
+    one_side = torch.einsum("aij,bij->ab", found, expected)
+    assert torch.allclose(one_side, torch.einsum("aij,bij->ab", expected, expected), rtol=1e-4)
+
+
+def test_a_token_that_does_not_vary_has_a_gram_of_zeros():
+    cells = draw(12, 9, 20)
+    cells[:, 4] = 0.1
+    cells[:, 5] = 0.1 + 1e-9 * draw(12, 20).double()  # less than the resolution of float32
+    grams = token_grams(cells)
+    assert not grams[[4, 5]].any()
+    assert (own_hsic(grams) > 0).tolist() == [True] * 4 + [False] * 2 + [True] * 3
 
 
 def test_maps_are_cka_of_every_pair():
@@ -268,6 +290,28 @@ def test_contrast_is_own_minus_others():
     assert contrast(maps) == pytest.approx(0.75)
 
 
+def test_edge_contrast_compares_patches_as_far_away():
+    side = 8
+    y, x = np.divmod(np.arange(side * side), side)
+    inside = interior_cells(side * side)
+    far = np.hypot(y[:, None] - y[None], x[:, None] - x[None])
+    assert edge_contrast(np.ones((64, 64))) == pytest.approx(0)
+    assert edge_contrast(np.exp(-far)) == pytest.approx(0)  # whatever depends on distance alone
+    assert edge_contrast(np.exp(-far) + 0.25 * ~inside) == pytest.approx(0.25)
+    assert edge_contrast(np.exp(-far) + 0.25 * inside) == pytest.approx(-0.25)
+    of_interior_tokens = np.where(inside[:, None], draw(64, 64).numpy(), 0)
+    assert edge_contrast(of_interior_tokens) == pytest.approx(0)
+    stack = np.stack([np.zeros((64, 64)), 0.5 * np.ones((64, 1)) * ~inside])
+    assert edge_contrast(stack).tolist() == pytest.approx([0, 0.5])
+
+
+def test_last_loss_is_beyond_the_greatest_before():
+    assert last_loss([0.9, 0.7, 0.6, 0.2]) == pytest.approx(0.2)
+    assert last_loss([0.9, 0.3, 0.2]) == pytest.approx(-0.5)
+    assert last_loss([0.2, 0.5, 0.5]) == pytest.approx(0)
+    assert last_loss([0.2, 0.5, 0.4]) == pytest.approx(0.1)
+
+
 def test_distance_is_that_of_the_mass_in_pixels():
     assert expected_distance(np.eye(4), 8) == 0
     other_corner = np.eye(4)[::-1]  # all mass on the opposite corner of a 2 x 2 grid
@@ -280,47 +324,99 @@ def test_distance_is_that_of_the_mass_in_pixels():
     assert uniform_distance(196, 16) == pytest.approx(116.5, abs=0.1)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    def statistic(maps):
-        return np.append(contrast(maps), np.diag(maps[0])[:3])
+class Fields:
+    """Gaussian images of one pixel per patch, tokens that mix them, and the maps of all images."""
 
-    def record(seed, n):
-        pixels = images(n, seed=seed)
-        return measured(local(pixels, noise=3, width=16), pixels, batch=16)
+    def __init__(self, louder, noise, side=5, colours=3, width=24):
+        self.side, self.width, self.noise = side, width, noise
+        stream = np.random.default_rng(0)
+        y, x = np.divmod(np.arange(side * side), side)
+        far = np.hypot(y[:, None] - y[None], x[:, None] - x[None])
+        spread = np.exp(-((far / 0.85) ** 2))
+        self.spread = spread / np.linalg.norm(spread, axis=1, keepdims=True)
+        self.readout = stream.normal(size=(colours, width)) / np.sqrt(width)
+        # Each token hears its own patch and another one close by.
+        louder = np.exp(stream.uniform(*np.log(louder), (side * side, 1)))
+        rival = [stream.choice(np.flatnonzero((row > 0.9) & (row < 2.1))) for row in far]
+        self.mixing = louder * np.eye(side * side) + np.eye(side * side)[rival]
 
-    truth = estimate(record(1000, 6400), statistic)[0]
-    covered = []
-    for seed in range(40):
-        value, low, high = estimate(record(seed, 160), statistic)
-        assert (low <= value).all()
-        covered.append((low <= truth) & (truth <= high))
-    assert (np.mean(covered, axis=0) >= 0.85).all()
+    def record(self, seed, groups=20, batch=16):
+        stream = np.random.default_rng(seed)
+        metric, places = Localisation(groups=groups), self.side**2
+        for _ in range(groups):
+            cells = self.spread @ stream.normal(size=(batch, places, len(self.readout)))
+            noise = stream.normal(size=(batch, places, self.width)) / np.sqrt(self.width)
+            tokens = torch.tensor(self.mixing @ cells @ self.readout + self.noise * noise)
+            pixels = torch.tensor(cells).mT.unflatten(2, (self.side, self.side))
+            metric.update({"a": tokens}, pixels=pixels)
+        return metric.compute()
+
+    def truth(self):
+        """Linear CKA of Gaussian variables is |cov(x, y)|^2 / (|cov(x)| |cov(y)|)."""
+        patch = self.spread @ self.spread.T
+        strength = np.einsum("tp,pq,tq->t", self.mixing, patch, self.mixing)
+        read = self.readout.T @ self.readout
+        noise = self.noise**2 / self.width * np.eye(self.width)
+        token = np.array([np.linalg.norm(one * read + noise) for one in strength])
+        cross = np.linalg.norm(self.readout) ** 2 * (self.mixing @ patch) ** 2
+        return cross / (token[:, None] * np.sqrt(len(self.readout)) * np.diag(patch))
 
 
-def test_intervals_are_as_wide_as_the_scores_vary():
-    # Hits jump: their interval may be too wide by half, but not by far, nor too narrow.
-    def scores(maps):
-        return np.array([hit(maps)[0], contrast(maps)[0]])
+WORLDS = {
+    "own patch and another about equally loud": Fields(louder=(0.5, 2.0), noise=0.7),
+    "own patch hardly louder": Fields(louder=(1.04, 1.1), noise=0.7),
+    "faint": Fields(louder=(0.7, 2.0), noise=12),
+}
+each_world = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
-    def record(seed):
-        pixels = images(160, seed=seed)
-        tokens = local(pixels, width=12, grid=8)
-        tokens = tokens + 8 * tokens.mean(1, keepdim=True) + 3 * draw(*tokens.shape, seed=seed)
-        return measured(tokens, pixels, batch=8)
 
-    found = np.array([estimate(record(seed), scores) for seed in range(30)])
-    values, margins = found[:, 0], found[:, 2] - found[:, 0]
-    ratio = margins.mean(0) / stats.t.ppf(0.975, 19) / values.std(0, ddof=1)
-    assert 0.2 < values[:, 0].mean() < 0.8
-    assert 0.7 < ratio[0] < 1.8
-    assert 0.7 < ratio[1] < 1.4
+def test_maps_of_many_images_are_those_of_all_images():
+    fields = WORLDS["own patch hardly louder"]
+    found = fields.record(0, groups=20, batch=200)["localisation"].values[0]
+    assert abs(found - fields.truth()).max() < 0.05
+
+
+@each_world
+def test_intervals_cover_the_truth_as_often_as_they_say(world):
+    # Bounds of hits are of the cautious sort.
+    true = [contrast(world.truth()), hit(world.truth()), hit(world.truth(), interior=True)]
+    found = []
+    for seed in range(16):
+        record = world.record(seed)
+        alone = (estimate_hits(record), estimate_hits(record, interior=True))
+        found.append(np.stack([np.ravel(one) for one in (estimate(record, contrast), *alone)]))
+    value, low, high = np.moveaxis(found, -1, 0)
+    covered = ((low <= true) & (true <= high)).mean(0)
+    assert covered[0] >= 0.8
+    assert (covered[1:] >= 0.93).all()
+    assert ((low <= value) & (value <= high)).all()
+    needed = stats.t.ppf(0.975, 19) * value[:, 0].std(ddof=1)
+    assert 0.7 < (high - value)[:, 0].mean() / needed < 1.4
+
+
+def test_more_images_decide_more_tokens():
+    world = WORLDS["own patch hardly louder"]
+    few, many = (estimate_hits(world.record(0, batch=batch)) for batch in (16, 200))
+    assert few[2] - few[1] > 0.5
+    assert many[2] - many[1] < 0.3
+    assert many[1] <= hit(world.truth()) <= many[2]
+
+
+def test_a_hit_is_certain_where_no_other_patch_comes_near():
+    pixels = images(640)
+    tokens = local(pixels)
+    tokens[:, :4] = tokens[:, [1, 2, 3, 0]]  # these describe one another's patches
+    record = measured(tokens, pixels, batch=32)
+    assert np.ravel(estimate_hits(record)) == pytest.approx([0.75] * 3)
+    assert np.ravel(estimate_hits(record, interior=True)) == pytest.approx([1] * 3)
 
 
 def test_one_group_has_no_interval():
     pixels = images(16)
-    value, low, high = estimate(measured(local(pixels), pixels), hit)
-    assert value == 1
-    assert np.isnan([low, high]).all()
+    record = measured(local(pixels), pixels)
+    for value, low, high in (estimate(record, contrast), estimate_hits(record)):
+        assert value > 0.5
+        assert np.isnan([low, high]).all()
 
 
 def test_clipping_makes_sharp_maps_look_wider_when_images_are_few():

@@ -14,13 +14,13 @@ from lib.probes import (
     READOUTS,
     Part,
     Probes,
-    accuracy,
     few_shot,
     into_channels,
     mean_interval,
     negative_error,
     pixel_error,
     r_squared,
+    read,
     read_out,
     ridge,
     signs,
@@ -67,36 +67,44 @@ def by_chance(right) -> bool:
 # The closed form ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [10, 200], ids=["narrow", "wide"])
+def fitted(fit, penalty, new):
+    return read(new, *ridge(fit, [penalty]))[..., 0, :]
+
+
+narrow_and_wide = pytest.mark.parametrize("width", [10, 200], ids=["narrow", "wide"])
+
+
+@narrow_and_wide
 @pytest.mark.parametrize("penalty", [0.1, 10.0, 1e4])
 def test_classes_are_those_of_scikit_learns_ridge_classifier(width, penalty):
     labels, new = labelled(80), 3 * draw(50, width, seed=4, dtype=torch.float64) + 5
     x = 3 * draw(80, width, seed=3, dtype=torch.float64) * torch.linspace(0.1, 9, width) + 5
-    fit = Part(x, signs(labels, CLASSES).double())
-    outputs, chosen = read_out(fit, fit, new, accuracy, penalties=[penalty])
+    outputs = fitted(Part(x, signs(labels, CLASSES)), penalty, new)
 
     scaler = StandardScaler().fit(x.numpy())
     theirs = RidgeClassifier(alpha=penalty).fit(scaler.transform(x.numpy()), labels.numpy())
     expected = theirs.decision_function(scaler.transform(new.numpy()))
-    assert chosen == penalty
     assert np.allclose(outputs.numpy(), expected, rtol=0, atol=1e-6)
     assert (outputs.argmax(1).numpy() == theirs.predict(scaler.transform(new.numpy()))).all()
 
 
-@pytest.mark.parametrize("width", [10, 200], ids=["narrow", "wide"])
+@narrow_and_wide
 def test_weights_of_a_whole_grid_are_scikit_learns(width):
-    x, y = draw(3, 60, width, dtype=torch.float64) + 2, draw(60, 2, seed=9, dtype=torch.float64)
-    weights, bias = ridge(Part(x, y))
+    x, y = 4 * draw(3, 60, width, dtype=torch.float64) + 2, draw(60, 2, dtype=torch.float64)
+    weights, bias = ridge(Part(x, y), PENALTIES)
     assert weights.shape == (3, width, len(PENALTIES), 2)
     assert bias.shape == (3, len(PENALTIES), 2)
-    for cell in range(3):
+    for token in range(3):
+        scaler = StandardScaler().fit(x[token].numpy())
         for place, penalty in enumerate(PENALTIES):
-            theirs = Ridge(alpha=penalty).fit(x[cell].numpy(), y.numpy())
-            assert np.allclose(weights[cell, :, place].numpy().T, theirs.coef_, atol=1e-6)
-            assert np.allclose(bias[cell, place].numpy(), theirs.intercept_, atol=1e-6)
+            theirs = Ridge(alpha=penalty).fit(scaler.transform(x[token].numpy()), y.numpy())
+            expected = theirs.coef_ / scaler.scale_
+            assert np.allclose(weights[token, :, place].numpy().T, expected, atol=1e-6)
+            expected = theirs.intercept_ - expected @ scaler.mean_
+            assert np.allclose(bias[token, place].numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("width", [10, 200], ids=["narrow", "wide"])
+@narrow_and_wide
 def test_the_appended_constant_of_the_reference_is_the_same_to_a_ten_thousandth(width):
     x, y = draw(60, width, dtype=torch.float64), signs(labelled(60), CLASSES).double()
     x = (x - x.mean(0)) / x.std(0, correction=0)
@@ -107,29 +115,30 @@ def test_the_appended_constant_of_the_reference_is_the_same_to_a_ten_thousandth(
     assert np.allclose(bias[0].numpy(), 100 * theirs.coef_[:, -1], rtol=1e-4)
 
 
-def test_single_precision_is_enough():
-    x = draw(200, 96) * torch.logspace(-3, 3, 96) + 10
-    y, new = signs(labelled(200), CLASSES), draw(50, 96, seed=2) * torch.logspace(-3, 3, 96) + 10
-    exact = read_out(Part(x.double(), y), Part(x.double(), y), new.double(), accuracy, [1.0])[0]
-    assert torch.allclose(
-        read_out(Part(x, y), Part(x, y), new, accuracy, [1.0])[0], exact.float(), atol=1e-2
-    )
+@narrow_and_wide
+def test_single_precision_is_enough(width):
+    scale = torch.logspace(-3, 3, width)
+    x, new = draw(200, width) * scale + 10, draw(50, width, seed=2) * scale + 10
+    y = signs(labelled(200), CLASSES)
+    exact = fitted(Part(x.double(), y), 8.0, new.double())
+    assert torch.allclose(fitted(Part(x, y), 8.0, new), exact.float(), atol=1e-2)
 
 
 def test_a_feature_that_never_varies_changes_nothing():
     x, y = draw(40, 6), signs(labelled(40), CLASSES)
-    plain = read_out(Part(x, y), Part(x, y), x, accuracy, [1.0])[0]
+    plain = fitted(Part(x, y), 1.0, x)
     x = torch.cat([x, torch.full((40, 1), 123.4)], dim=1)
-    assert torch.allclose(read_out(Part(x, y), Part(x, y), x, accuracy, [1.0])[0], plain, atol=1e-4)
+    assert torch.allclose(fitted(Part(x, y), 1.0, x), plain, atol=1e-4)
 
 
-def test_many_probes_at_once_are_the_same_as_one_by_one():
-    x, y, new = draw(5, 40, 6), signs(labelled(40), CLASSES), draw(5, 30, 6, seed=1)
-    together = read_out(Part(x, y), Part(x, y), new, accuracy, [1.0])[0]
+@pytest.mark.parametrize("width", [6, 60], ids=["narrow", "wide"])
+def test_many_probes_at_once_are_the_same_as_one_by_one(width):
+    x, y, new = draw(5, 40, width), signs(labelled(40), CLASSES), draw(5, 30, width, seed=1)
+    together = fitted(Part(x, y), 1.0, new)
     assert together.shape == (5, 30, CLASSES)
-    for cell in range(5):
-        alone = read_out(Part(x[cell], y), Part(x[cell], y), new[cell], accuracy, [1.0])[0]
-        assert torch.allclose(together[cell], alone, atol=1e-5)
+    for token in range(5):
+        alone = fitted(Part(x[token], y), 1.0, new[token])
+        assert torch.allclose(together[token], alone, atol=1e-5)
 
 
 def test_the_penalty_is_the_best_on_held_out_images():
@@ -137,17 +146,19 @@ def test_the_penalty_is_the_best_on_held_out_images():
     x, new = draw(40, 100), draw(2000, 100, seed=1)
     y, held = x[:, :1] + 0.5 * draw(40, 1, seed=2), new[:, :1] + 0.5 * draw(2000, 1, seed=3)
     outputs, chosen = read_out(Part(x, y), Part(new, held), new, negative_error)
-    errors = {
-        penalty: float(
-            -negative_error(
-                read_out(Part(x, y), Part(x, y), new, negative_error, [penalty])[0], held
-            )
-        )
-        for penalty in PENALTIES
-    }
-    assert chosen == min(errors, key=errors.get)
+    merits = {p: float(negative_error(fitted(Part(x, y), p, new), held)) for p in PENALTIES}
+    assert chosen == max(merits, key=merits.get)
     assert PENALTIES[0] < chosen < PENALTIES[-1]
-    assert float(-negative_error(outputs, held)) == pytest.approx(errors[chosen], rel=1e-4)
+    assert torch.allclose(outputs, fitted(Part(x, y), chosen, new), atol=1e-5)
+    # A second probe that reads noise pulls the penalty that they share upwards.
+    pair = torch.stack([new, 3 * draw(2000, 100, seed=9)])
+    shared = read_out(Part(torch.stack([x, x]), y), Part(pair, held), pair, negative_error)[1]
+    assert shared > chosen
+
+
+def test_of_equal_penalties_the_strongest_is_chosen():
+    fit = Part(draw(40, 6), torch.zeros(40, 1))
+    assert read_out(fit, fit, fit.features, negative_error)[1] == PENALTIES[-1]
 
 
 # Draws --------------------------------------------------------------------------------------------
@@ -166,8 +177,9 @@ def test_draws_are_balanced_disjoint_and_repeatable():
 def test_too_few_images_are_refused():
     with pytest.raises(
         ValueError,
-        match=r"^3 draws of 10 images per class need 30 of each, and there are only \d+ of class "
-        r"\d among the 60 training images: measure more images, or lower shots or draws$",
+        match=r"^3 draws of 10 images per class, and images to test on, need more than 30 of each, "
+        r"and there are only \d+ of class \d among 60: measure more images, or lower shots or "
+        r"draws$",
     ):
         few_shot(labelled(60), 10, 3)
 
@@ -232,12 +244,20 @@ def test_a_feature_map_is_read_like_tokens():
     )
 
 
-def test_penalties_and_predictions_never_see_the_test_labels():
+def left_over(labels):
+    drawn = torch.cat(few_shot(labels, 10, 3))
+    return torch.tensor([image for image in range(len(labels)) if image not in set(drawn.tolist())])
+
+
+def test_penalties_and_predictions_never_see_the_test_labels(monkeypatch):
     tokens, labels, centres = planted(n=320, strength=0.7)
     honest = probed(tokens, labels, centres)
+    test = left_over(labels)
+    # Every label is wrong, and none of them changes who is drawn.
     adversarial, misplaced = labels.clone(), centres.clone()
-    adversarial[160:] = (labels[160:] + 1) % CLASSES  # every test label is wrong
-    misplaced[160:] = 100 - centres[160:]
+    adversarial[test] = (labels[test] + 1) % CLASSES
+    misplaced[test] = 100 - centres[test]
+    monkeypatch.setattr("lib.probes.few_shot", lambda *_: few_shot(labels, 10, 3))
     other = probed(tokens, adversarial, misplaced)
     assert np.array_equal(honest["penalty"], other["penalty"], equal_nan=True)
     assert np.array_equal(honest["centre"], other["centre"])
@@ -248,7 +268,8 @@ def test_penalties_and_predictions_never_see_the_test_labels():
 def test_penalties_never_see_the_test_images_either():
     tokens, labels, centres = planted(n=320, strength=0.7)
     honest = probed(tokens, labels, centres)
-    tokens[160:] = 1e3 * draw(160, 1 + CELLS, WIDTH, seed=8)
+    test = left_over(labels)
+    tokens[test] = 1e3 * draw(len(test), 1 + CELLS, WIDTH, seed=8)
     assert np.array_equal(honest["penalty"], probed(tokens, labels, centres)["penalty"])
 
 
@@ -259,9 +280,9 @@ def test_the_centre_is_read_from_where_the_object_is():
     tokens = 0.1 * draw(n, 9, WIDTH)
     tokens[torch.arange(n), where, 0] += 1
     centres = torch.stack([where % 3, where // 3], dim=1) * 4.0 + 2
-    record = probed(tokens, where % CLASSES, centres)
+    record = probed(tokens, where % CLASSES, centres, shots=40)
     found, true = record["centre"].sel(tap="a"), record["true_centre"]
-    assert true.shape == (300, 2)
+    assert true.shape == (600 - 3 * 40 * CLASSES, 2)
     assert r_squared(found.sel(arrangement="patches side by side"), true) > 0.8
     assert r_squared(found.sel(arrangement="mean of patches"), true) < 0.1
     assert pixel_error(found.sel(arrangement="patches side by side"), true).mean() < 2
@@ -301,8 +322,6 @@ def test_mistakes_are_refused():
         Probes().update({"a": tokens}, labels=labels[:100], centres=centres)
     with pytest.raises(ValueError, match="at least 2 of them"):
         Probes(draws=1)
-    with pytest.raises(ValueError, match=r"between 0 and 1, not 1\.0$"):
-        Probes(share=1.0)
     with pytest.raises(ValueError, match="has no places in the image"):
         Probes().update({"a": draw(8, 5)}, labels=labels[:8], centres=centres[:8])
     metric = Probes()
@@ -365,12 +384,13 @@ def test_scores_that_never_differ_have_no_width():
 def test_networks_of_the_lab_are_probed_by_measure(monkeypatch, tmp_path):
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
     study = load_study("lab")
-    probes = Probes(["blocks.0", "blocks.7"], shots=1, draws=2, share=0.75)
+    probes = Probes(["blocks.0", "blocks.7"], shots=1, draws=2)
     record = measure(study, ["vit_untrained"], [probes], n_images=96, batch_size=32)
-    assert record["right"].sizes == {"tap": 2, "draw": 2, "readout": 4, "image": 24}
+    assert record["right"].sizes == {"tap": 2, "draw": 2, "readout": 4, "image": 96 - 2 * 16}
     assert record["role"].values.tolist() == ["vit_untrained"] * 2
     images = study.images(96)
-    centres = (images.boxes[72:, :2] + images.boxes[72:, 2:]) / 2
+    test = np.setdiff1d(np.arange(96), torch.cat(few_shot(images.labels, 1, 2)))
+    centres = (images.boxes[test, :2] + images.boxes[test, 2:]) / 2
     assert np.allclose(record["true_centre"], centres)
     # Read back from the cache, it is the same.
     again = measure(study, ["vit_untrained"], [probes], n_images=96, batch_size=32)
