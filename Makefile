@@ -41,7 +41,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $(STAMP)
 
 book: setup  ## run every chapter and build the site
-	$(PY) -m lib execute
+	$(PY) -m lib execute --jobs $(JOBS)
 	@$(MAKE) --no-print-directory site
 
 site: setup  ## build the site from the chapters as last executed

@@ -14,6 +14,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def execute(
     parameters: Mapping | None = None,
     out: str | Path = BOOK_CHAPTERS,
     source: str | Path = CHAPTERS,
+    jobs: int = 1,
 ) -> list[Path]:
     """Run chapters with papermill and write the executed notebooks.
 
@@ -70,6 +72,8 @@ def execute(
         Folder for the executed notebooks; by default the one the site is built from.
     source : path
         Folder of the source notebooks.
+    jobs : int
+        Chapters that run at the same time. With more than one, each has a single thread.
 
     Returns
     -------
@@ -83,7 +87,6 @@ def execute(
     ChapterError
         If a cell fails. Nothing in ``out`` has changed then.
     """
-    import nbformat
     from tqdm import tqdm
 
     chosen = _choose(names, chapters(Path(source)))
@@ -91,22 +94,45 @@ def execute(
     _check(parameters, chosen)
 
     out = Path(out)
+    if jobs < 1:
+        raise ValueError(f"chapters cannot run {jobs} at a time")
+    quiet = {"TQDM_DISABLE": "1"}  # progress inside a chapter is no result
+    threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
     finished = {}
-    with tempfile.TemporaryDirectory(prefix="chapters-") as scratch:
-        bar = tqdm(chosen.items(), unit="chapter", disable=False)
-        with _environment(TQDM_DISABLE="1"):  # progress inside a chapter is no result
-            for name, path in bar:
-                bar.set_description(name)
-                notebook = _run(path, parameters, Path(scratch) / path.name)
-                finished[out / path.name] = nbformat.writes(_clean(notebook)) + "\n"
+    with (
+        tempfile.TemporaryDirectory(prefix="chapters-") as scratch,
+        _environment(**quiet, **threads),
+        ThreadPoolExecutor(min(jobs, len(chosen))) as pool,
+        tqdm(total=len(chosen), unit="chapter", disable=False) as bar,
+    ):
+        running = {
+            pool.submit(_executed, path, parameters, Path(scratch) / path.name): name
+            for name, path in chosen.items()
+        }
+        try:
+            for future in as_completed(running):
+                finished[running[future]] = future.result()
+                bar.update()
+                bar.set_description(running[future])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
     out.mkdir(parents=True, exist_ok=True)
-    for path, text in finished.items():
+    written = {out / path.name: finished[name] for name, path in chosen.items()}
+    for path, text in written.items():
         # Written beside its target and renamed, so that a reader never sees half a notebook.
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    return list(finished)
+    return list(written)
+
+
+def _executed(path: Path, parameters: dict, scratch: Path) -> str:
+    """The executed notebook of a chapter, as the text of its file."""
+    import nbformat
+
+    return nbformat.writes(_clean(_run(path, parameters, scratch))) + "\n"
 
 
 @contextmanager
@@ -246,6 +272,9 @@ def add_arguments(parser) -> None:
         help="new value for a name in the chapters' parameters cell; may be repeated",
     )
     parser.add_argument(
+        "-j", "--jobs", type=int, default=1, metavar="N", help="chapters at a time (default: 1)"
+    )
+    parser.add_argument(
         "--publish",
         action="store_true",
         help="write into book/chapters although parameters were given",
@@ -266,7 +295,7 @@ def main(args) -> None:
     parameters = {name: _value(text) for name, text in args.parameter}
     out = DRAFTS if parameters and not args.publish else BOOK_CHAPTERS
     start = time.perf_counter()
-    written = execute(names, parameters, out, CHAPTERS)
+    written = execute(names, parameters, out, CHAPTERS, args.jobs)
     print(f"{len(written)} executed in {time.perf_counter() - start:.0f} s:")
     for path in written:
         print(f"    {_short(path)}")

@@ -32,8 +32,8 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(book, "DRAFTS", tmp_path / "drafts")
     workshop = type("Workshop", (), {"add": staticmethod(add), "path": tmp_path})
 
-    def execute(names=None, parameters=None):
-        return book.execute(names, parameters, tmp_path / "published", tmp_path / "chapters")
+    def execute(names=None, parameters=None, jobs=1):
+        return book.execute(names, parameters, tmp_path / "published", tmp_path / "chapters", jobs)
 
     workshop.execute = staticmethod(execute)
     return workshop
@@ -67,6 +67,21 @@ def test_chapters_run_and_a_second_run_gives_the_same_bytes(workshop):
     assert [cell.id for cell in executed.cells] == [cell.id for cell in source.cells]
     assert [cell.metadata for cell in executed.cells] == [cell.metadata for cell in source.cells]
     assert "papermill" not in executed.metadata
+
+
+def test_chapters_that_run_together_give_the_same_in_the_same_order(workshop):
+    # The first waits for the second, so they do run together.
+    flag = workshop.path / "flag"
+    wait = f"import os, time\nwhile not os.path.exists({str(flag)!r}): time.sleep(0.1)"
+    workshop.add("01-first", wait, "print('first')")
+    threads = "print(os.environ['OMP_NUM_THREADS'])"
+    workshop.add("02-second", f"import os\nopen({str(flag)!r}, 'w').close()\n{threads}")
+    written = workshop.execute(jobs=2)
+    assert [path.name for path in written] == ["01-first.ipynb", "02-second.ipynb"]
+    assert printed(written[0]) == ["first\n"]
+    assert printed(written[1]) == ["1\n"]
+    with pytest.raises(ValueError, match="chapters cannot run 0 at a time"):
+        workshop.execute(jobs=0)
 
 
 def test_parameters_are_injected_behind_their_defaults(workshop):
