@@ -288,3 +288,22 @@ def test_errors(case):
     call, message = REFUSED[case]
     with pytest.raises((ValueError, TapError), match=message):
         call()
+
+
+def test_without_cancellation_the_field_is_that_of_the_sum_of_all_channels():
+    """With positive weights and images no channel cancels another."""
+    model = seeded(lambda: timm.create_model("test_resnet"))
+    for weight in model.parameters():
+        weight.data.abs_()
+    x = draw(2, 3, 160, 160).abs()
+    field = receptive_field(model, x, ["layer4"], channels=model.num_features, groups=1)["field"]
+    found = field[0, 0].values
+
+    kept = {}
+    hook = model.layer4.register_forward_hook(lambda *call: kept.update(value=call[2]))
+    y = x.clone().requires_grad_()
+    model(y)
+    hook.remove()
+    [gradient] = torch.autograd.grad(kept["value"][:, :, 2, 2].sum(), y)
+    expected = gradient.mean((0, 1)).numpy()
+    np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), atol=1e-8)
