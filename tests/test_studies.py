@@ -321,7 +321,8 @@ def test_the_card_is_that_of_the_recipe(lab, name, card):
 
 
 @each_role
-def test_accuracy_is_that_of_the_card(lab, name, card, scenes):
+def test_accuracy_is_that_of_the_card(lab, name, card):
+    scenes = images.scene_images(512, task=lab.roles[name].task)
     assert card["test_images"] == studies.TEST_IMAGES
     right = round(card["accuracy"] * card["test_images"])
     interval = training.accuracy_interval(right, card["test_images"])
