@@ -201,10 +201,10 @@ def _studies(args):
         study = load_study(name)
         if isinstance(study, Lab):
             print(f"{name}: {type(study).__doc__.splitlines()[0]}")
-            print(f"  {'role':29} {'architecture':21} {'test accuracy':22} what it is for")
+            print(f"  {'role':34} {'architecture':21} {'test accuracy':22} what it is for")
             for role, what in study.roles.items():
                 accuracy = _accuracy(study, role)
-                print(f"  {role:29} {what.architecture:21} {accuracy:22} {what.purpose}")
+                print(f"  {role:34} {what.architecture:21} {accuracy:22} {what.purpose}")
         else:
             print(f"{study.name}: {study.purpose}")
             print(f"  {'role':21} {'checkpoint':41} {'licence':15} {'weights':12} what it is for")
@@ -257,7 +257,7 @@ def _train(args):
         images = study.role(role).recipe.images
         card = study.cards.get(role)
         took = f"took {card['seconds'] / 60:.0f} min on {card['device']}" if card else "not timed"
-        print(f"  {role:29} {images:,} images ({took})")
+        print(f"  {role:34} {images:,} images ({took})")
     for role in waiting:
         print(role)
         card = study.train(role, checkpoints=folder, device=device)
