@@ -1,0 +1,202 @@
+"""Small faults, put into the library one at a time: does a test notice?
+
+    python tests/mutations.py              all of them
+    python tests/mutations.py cka taps     those of some modules
+    python tests/mutations.py --list       what there is
+
+Every fault is a line that somebody could have written. It is put into a copy of the repository, in
+which the tests of its module run, and, if they are silent, all tests of the library. A fault that
+survives is a missing test.
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("lib", "tests", "benchmarks", "chapters", "book", "conftest.py", "pyproject.toml")
+SLOW = ("test_site.py", "test_execute.py", "test_environment.py", "test_processes.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One piece of a module, which occurs there once, and what takes its place."""
+
+    module: str
+    what: str
+    right: str
+    wrong: str
+
+
+FAULTS = [
+    # CKA
+    Fault("cka", "biased where unbiased", 'estimator == "biased":\n        return gram', 'estimator:\n        return gram'),
+    Fault("cka", "U-centring divides by n - 1", "/ (n - 2) - rows", "/ (n - 1) - rows"),
+    Fault("cka", "the diagonal is kept", "    gram.fill_diagonal_(0)\n    rows", "    rows"),
+    Fault("cka", "minibatches weigh alike", "self.hsic[group] += n * hsic", "self.hsic[group] += hsic"),
+    Fault("cka", "HSIC without its factor", "(n * (n - 3) if", "(n * (n - 1) if"),
+    Fault("cka", "too small a minibatch", "SMALLEST_BATCH = 4", "SMALLEST_BATCH = 2"),
+    Fault("cka", "negative HSIC taken as positive", "np.where(own > 0, own, np.nan)", "np.abs(own)"),
+    Fault("cka", "jackknife without g - 1", "np.var(left_out, axis=0) * (g - 1)", "np.var(left_out, axis=0)"),
+    Fault("cka", "jackknife keeps the group", "statistic(total - group)", "statistic(group)"),
+    Fault("cka", "constant layers are not noticed", "        gram.zero_()\n", "        pass\n"),
+    # Taps
+    Fault("taps", "values keep their graph", "value if graph else value.detach()", "value"),
+    Fault("taps", "silence is no error", "raise TapError(\n                f\"tap {missing[0]!r} did", "print(\n                f\"tap {missing[0]!r} did"),
+    Fault("taps", "firing twice is no error", "if name in fired:", "if False:"),
+    Fault("taps", "hooks stay", "                handle.remove()\n", "                pass\n"),
+    Fault("taps", "the LayerScale is left out", "return scale if _is_a_layer", "return branch if _is_a_layer"),
+    Fault("taps", "the model stays in evaluation mode", "module.training = training", "module.training = False"),
+    Fault("taps", "attention stays unfused", "module.fused_attn = fused\n", "pass\n"),
+    Fault("taps", "a glob reaches deeper", 'r"[^.]+")', 'r".+")'),
+    # Measuring
+    Fault("measure", "one image too few", "slice(batch * batch_size, batch", "slice(batch * batch_size + 1, batch"),
+    Fault("measure", "the seed is no part of the key", "images = study.images(n_images, seed)", "images = study.images(n_images, 0)"),
+    Fault("measure", "measurements are not reset", "        measurement.reset()\n", ""),
+    Fault("records", "the code is no part of the key", '{"code": code_hash(), "versions": versions()}', '{"versions": versions()}'),
+    Fault("records", "half a record is kept", "temporary.unlink(missing_ok=True)", "pass"),
+    Fault("records", "weights are hashed by name", 'f"{key}{tensor_hash(state[key])}"', 'f"{key}"'),
+    # Attention
+    Fault("attention", "rows and columns of cells swapped", "torch.hypot(row[:, None] - row, column[:, None] - column)", "torch.hypot(row[:, None] - column, column[:, None] - row)"),
+    Fault("attention", "distance from key to query", '"nhij,ij->nhi"', '"nhji,ij->nhi"'),
+    Fault("attention", "class token not dropped", "maps = value[:, :, prefix:, prefix:]", "maps = value[:, :, :-prefix or None, :-prefix or None]"),
+    Fault("attention", "not renormalised", "(moment * scale).mean(-1)", "moment.mean(-1)"),
+    Fault("attention", "in patches, not pixels", "distance = patch_size * total", "distance = total"),
+    Fault("attention", "heads unsorted", "order = np.argsort(distance)", "order = np.arange(len(distance))"),
+    Fault("attention", "rows need not sum to 1", "if not off < 1e-2:", "if False:"),
+    Fault("attention", "heads interleaved", "patches.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3)", "patches.unflatten(-1, (-1, heads)).permute(3, 0, 1, 2)"),
+    # Receptive fields
+    Fault("receptive_field", "signed gradients", "gradient.abs().mean(1)", "gradient.mean(1)"),
+    Fault("receptive_field", "one location off", "middle = (side // 2 - 1, side // 2)", "middle = (side // 2, side // 2 + 1)"),
+    Fault("receptive_field", "centre half a pixel off", "(self.cell - 1) / 2", "self.cell / 2"),
+    Fault("receptive_field", "one channel for all images", "number = (first + image) * channels + draw", "number = 0 * image + draw"),
+    Fault("receptive_field", "half a patch off", "(np.arange(-reach, reach + 1) - 0.5)", "np.arange(-reach, reach + 1)"),
+    # Skip and branch
+    Fault("residual", "missing LayerScale", "scale if not isinstance(getattr(block, scale), nn.Identity) else branch", "branch"),
+    Fault("residual", "ratio upside down", "z_norm / f_norm,", "f_norm / z_norm,"),
+    Fault("residual", "registers are patches", "values[..., prefix_tokens:]", "values[..., int(class_token):]"),
+    Fault("residual", "wrong axis of a feature map", "axis = 1 if skip.dim() == 4 else -1", "axis = -1"),
+    Fault("residual", "cosine with the branch", "dot(z, out).flatten(1) / (z_norm * out_norm)", "dot(z, f).flatten(1) / (z_norm * f_norm)"),
+    Fault("residual", "the crossing needs one side", "return min(early, -late)", "return max(early, -late)"),
+    Fault("residual", "projections count as skips", "identity = ~curves.projected", "identity = curves.projected"),
+    # Tokens and places
+    Fault("localisation", "columns before rows", "return value.flatten(2).mT, value.new_empty", "return value.mT.flatten(2).mT, value.new_empty"),
+    Fault("localisation", "class token not dropped", "return value[:, first:], value[:, :first]", "return value[:, :-first or None], value[:, :first]"),
+    Fault("localisation", "biased own HSIC", "+ every - 2 / (n - 2)", "+ every - 2 / n"),
+    Fault("localisation", "the control is no control", "seen.roll((1, 1), (1, 2))", "seen.roll((0, 0), (1, 2))"),
+    Fault("localisation", "border is interior", "inside[1:-1, 1:-1] = True", "inside[:] = True"),
+    Fault("localisation", "hits count the worst", "-np.inf, maps).argmax(-1)", "np.inf, maps).argmin(-1)"),
+    # Probes
+    Fault("probes", "penalty picked on the fitted images", "merit(read(held_out.features, *maps).movedim(-2, 0), held_out.targets)", "merit(read(fit.features, *maps).movedim(-2, 0), fit.targets)"),
+    Fault("probes", "test images among the fitted", "test[torch.cat(draws)] = False", "test[draws[0]] = False"),
+    Fault("probes", "draws share images", "members[draw * shots : (draw + 1) * shots]", "members[:shots]"),
+    Fault("probes", "the bias is forgotten", "+ bias.unsqueeze(-3)", "+ 0 * bias.unsqueeze(-3)"),
+    Fault("probes", "weakest penalty of equals", "len(penalties) - 1 - int(merits.flip(0).argmax())", "int(merits.argmax())"),
+    Fault("probes", "weights of standardised features", ") / deviation.mT", ")"),
+    # Claims
+    Fault("claims", "sides swapped", "return CONTRADICTED if self.below else SUPPORTED", "return SUPPORTED if self.below else CONTRADICTED"),
+    Fault("claims", "the other seed has no say", "elif other_seed and claim.holds(other_seed) != verdict:", "elif False:"),
+    Fault("claims", "an untrained network has no say", "elif verdict == SUPPORTED and untrained and", "elif verdict == CONTRADICTED and untrained and"),
+    Fault("claims", "first third instead of last", "square[:third, -third:]", "square[:third, :third]"),
+    # Data and training
+    Fault("scenes", "splits share scenes", "seed * len(SPLITS) + SPLITS.index(split)", "seed * len(SPLITS)"),
+    Fault("scenes", "boxes without their last pixel", "last = SIZE - hit", "last = SIZE - 1 - hit"),
+    Fault("training", "no warm-up", "warm = min(1.0, (step + 1) / self.warmup_steps)", "warm = 1.0"),
+    Fault("training", "resumed from the start", "tqdm(range(start, end)", "tqdm(range(0, end)"),
+    Fault("training", "skips never fade", "return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 0.0", "return 1.0 if self.fade else 0.0"),
+    Fault("models", "one skip stays", "return self.skip * x + self.drop_path2", "return x + self.drop_path2"),
+    Fault("images", "boxes do not follow the images", "self.boxes[which])", "self.boxes)"),
+    Fault("processes", "every process does everything", "return batch % self.of == self.place", "return True"),
+    Fault("photographs", "pictures lie on their side", "ImageOps.exif_transpose(image)", "image"),
+    Fault("photographs", "grey of 16 bits stays grey", '.astype(np.uint8)).convert("RGB")', ".astype(np.uint8))"),
+]  # fmt: skip
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", help="only the faults of these modules")
+    parser.add_argument(
+        "--own", action="store_true", help="run each module's own tests only, not all in the end"
+    )
+    parser.add_argument("--list", action="store_true", help="list the faults, run nothing")
+    args = parser.parse_args(argv)
+    chosen = [fault for fault in FAULTS if not args.modules or fault.module in args.modules]
+    if args.list:
+        print("\n".join(f"{fault.module:16} {fault.what}" for fault in chosen))
+        return 0
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Path(folder)
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / part)
+        for fault in chosen:
+            began = time.monotonic()
+            caught = by_whom(fault, copy, args.own)
+            survivors += [] if caught else [fault]
+            verdict = f"caught by {caught}" if caught else "SURVIVES"
+            seconds = time.monotonic() - began
+            print(f"{fault.module:16} {fault.what:40} {verdict} ({seconds:.0f} s)", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults are caught")
+    return int(bool(survivors))
+
+
+def by_whom(fault: Fault, copy: Path, own_only: bool) -> str:
+    """The first test that fails with a fault in the copy, or nothing."""
+    path = copy / "lib" / f"{fault.module}.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(put(fault, text), encoding="utf-8")
+    try:
+        own = copy / "tests" / f"test_{fault.module}.py"
+        others = [test for test in sorted((copy / "tests").glob("test_*.py")) if test != own]
+        others = [test for test in others if test.name not in SLOW]
+        rounds = [[own]] if own.exists() else []
+        rounds += [] if own_only and rounds else [others]
+        for tests in rounds:
+            if failed := first_failure(copy, tests):
+                return failed
+    finally:
+        path.write_text(text, encoding="utf-8")
+    return ""
+
+
+def put(fault: Fault, text: str) -> str:
+    """A module's text with a fault in it."""
+    if text.count(fault.right) != 1:
+        raise SystemExit(
+            f"the fault {fault.what!r} is out of date: lib/{fault.module}.py holds "
+            f"{fault.right!r} {text.count(fault.right)} times; mend it in {Path(__file__).name}"
+        )
+    return text.replace(fault.right, fault.wrong)
+
+
+def first_failure(copy: Path, tests: list[Path]) -> str:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "VIT_SEE_CACHE": str(copy / "cache"),
+    }
+    done = subprocess.run(
+        [*command, *map(str, tests)], cwd=copy, env=environment, capture_output=True, text=True
+    )
+    if done.returncode in (0, 5):
+        return ""
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if not lines:
+        raise SystemExit(f"pytest did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return lines[0].split()[1].rpartition("/")[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
