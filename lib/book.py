@@ -36,7 +36,7 @@ class ChapterError(RuntimeError):
 
 def chapters(source: Path = CHAPTERS) -> dict[str, Path]:
     """Every chapter's name and source notebook, in the order of the book."""
-    found = {path.stem: path for path in sorted(Path(source).glob("*.ipynb"))}
+    found = {path.stem: path for path in sorted(Path(source).glob("[!_]*.ipynb"))}
     if not found:
         raise FileNotFoundError(
             f"there are no chapters in {source}; run this from a checkout of the book"

@@ -3,6 +3,7 @@
 import base64
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from lib import book
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "chapters").glob("*.ipynb"))
+SOURCES = sorted((ROOT / "chapters").glob("[!_]*.ipynb"))
 PUBLISHED = ROOT / "book" / "chapters"
 MAX_PICTURE = 120_000  # bytes of one figure
 
@@ -147,6 +150,33 @@ def test_outputs_name_no_machine(source):
             for text in map(str, texts):
                 assert not machine.search(text), machine.search(text)
             assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+def test_a_chapter_made_from_the_template_passes_from_the_start(tmp_path, monkeypatch):
+    source = tmp_path / "chapters" / "07-new.ipynb"
+    source.parent.mkdir()
+    shutil.copy(ROOT / "chapters" / "_template.ipynb", source)
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys.modules[__name__], "PUBLISHED", tmp_path / "published")
+    book.execute("07", None, tmp_path / "published", source.parent)
+    for check in (
+        test_source_is_stripped,
+        test_source_has_one_parameters_cell,
+        test_published_code_is_the_source_code,
+        test_every_cell_ran_without_error,
+        test_there_is_something_to_compare,
+        test_every_picture_has_caption_name_and_alt_text,
+        test_pictures_are_small,
+        test_outputs_name_no_machine,
+    ):
+        check(source)
+    tables = [
+        output.data["text/html"]
+        for cell in executed(source)
+        for output in cell.outputs
+        if "verdict-" in output.get("data", {}).get("text/html", "")
+    ]
+    assert any("E01-uniform" in table for table in tables)
 
 
 def nbval(path):

@@ -120,3 +120,15 @@ def test_commands_on_the_page_are_understood(page, monkeypatch):
         if study and isinstance(study, str) and study.startswith("imagenet"):
             for role in args.roles:
                 load_study(study).role(role)
+
+
+def test_every_message_that_is_explained_is_one_that_somebody_can_get():
+    page = (ROOT / "book" / "troubleshooting.md").read_text(encoding="utf-8")
+    sources = [*ROOT.glob("lib/*.py"), *ROOT.glob("tests/*.py"), ROOT / "Makefile"]
+    # A message may be put together from several pieces of text, over several lines.
+    told = "".join(path.read_text(encoding="utf-8") for path in sources)
+    told = re.sub(r'"\s*\n\s*f?"', "", told)
+    messages = [m for m in re.findall(r"^### (.*)$", page, re.MULTILINE) if m[0].islower()]
+    assert len(messages) >= 12
+    for message in messages:
+        assert message in told
