@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +87,7 @@ def execute(
     ChapterError
         If a cell fails. Nothing in ``out`` has changed then.
     """
+    import psutil
     from tqdm import tqdm
 
     chosen = _choose(names, chapters(Path(source)))
@@ -98,7 +99,7 @@ def execute(
         raise ValueError(f"chapters cannot run {jobs} at a time")
     quiet = {"TQDM_DISABLE": "1"}  # progress inside a chapter is no result
     threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
-    finished = {}
+    finished, before = {}, _kernels()
     with (
         tempfile.TemporaryDirectory(prefix="chapters-") as scratch,
         _environment(**quiet, **threads),
@@ -114,8 +115,13 @@ def execute(
                 finished[running[future]] = future.result()
                 bar.update()
                 bar.set_description(running[future])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # a chapter that failed, or Ctrl-C: the others need not go on
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in running):
+                for kernel in _kernels() - before:
+                    with suppress(psutil.NoSuchProcess):
+                        kernel.kill()
+                time.sleep(0.1)
             raise
 
     out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +139,17 @@ def _executed(path: Path, parameters: dict, scratch: Path) -> str:
     import nbformat
 
     return nbformat.writes(_clean(_run(path, parameters, scratch))) + "\n"
+
+
+def _kernels() -> set:
+    """The notebook kernels that this process has started and that run."""
+    import psutil
+
+    found = set()
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            found |= {child} if "ipykernel_launcher" in child.cmdline() else set()
+    return found
 
 
 @contextmanager

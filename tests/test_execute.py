@@ -1,8 +1,13 @@
 """``lib.book`` runs notebooks completely or not at all."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -161,6 +166,46 @@ def test_an_interrupt_is_one_line(workshop, capsys, monkeypatch):
     monkeypatch.setattr(book, "execute", interrupt)
     assert main(["execute"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_ctrl_c_in_the_middle_of_a_chapter_leaves_nothing_behind(workshop):
+    marker, scratch = workshop.path / "kernel", workshop.path / "scratch"
+    scratch.mkdir()
+    here = f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\n"
+    workshop.add("03-third", here + "time.sleep(300)")
+    program = f"""
+import pathlib, sys
+from lib import __main__, book
+book.CHAPTERS = pathlib.Path({str(book.CHAPTERS)!r})
+book.BOOK_CHAPTERS = pathlib.Path({str(book.BOOK_CHAPTERS)!r})
+sys.exit(__main__.main(["execute", "03"]))
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=book.ROOT,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        start_new_session=True,
+    )
+    try:
+        until(lambda: marker.exists() and marker.read_text())
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    until(lambda: not psutil.pid_exists(int(marker.read_text())))
+    assert not list(scratch.glob("chapters-*"))
+    assert not book.BOOK_CHAPTERS.exists()
+
+
+def until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_help_imports_no_command(capsys):
