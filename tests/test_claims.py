@@ -443,7 +443,10 @@ FROZEN = {
     "E23-batch-size": ("<", 0.02),
     "E16-late": (">", 0.0),
     "E16-early": ("<", 0.1),
+    "E16-late-03": (">", 0.0),
+    "E16-early-03": ("<", 0.1),
     "E17-middle": (">", 0.0),
+    "E17-middle-03": (">", 0.0),
     "E18-middle": (">", 0.0),
     "E19-early": ("<", 0.05),
     "E19-distant": (">", 0.0),
@@ -581,6 +584,14 @@ WORLDS = {
     "E16-early": (
         pair("vit_data_10", lambda x: 0.99 if x < 0.5 else 0.2),
         pair("vit_data_10", lambda x: 0.99 if x > 0.5 else 0.8),
+    ),
+    "E16-late-03": (
+        pair("vit_data_03", lambda x: 0.9 - 0.6 * x),
+        pair("vit_data_03", lambda x: 0.3 + 0.6 * x),
+    ),
+    "E16-early-03": (
+        pair("vit_data_03", lambda x: 0.99 if x < 0.5 else 0.2),
+        pair("vit_data_03", lambda x: 0.99 if x > 0.5 else 0.8),
     ),
     "E19-early": (
         pair("vit_tuned_colour", lambda x: 0.98 if x < 0.5 else 0.2),
