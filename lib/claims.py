@@ -19,7 +19,7 @@ from lib.cka import alignment, jackknife_margin
 SUPPORTED, CONTRADICTED, INCONCLUSIVE = "supported", "contradicted", "inconclusive"
 UNMEASURABLE = "not measurable"
 ALREADY_TRUE, NOT_REPEATED = "already true before training", "another seed does not repeat it"
-MIME = "application/vnd.vit-see.claims+json"  # judgements in the outputs of an executed chapter
+CARRIED = "vit-see-claims"  # judgements in the metadata of an executed chapter's outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +184,10 @@ class Table(HTML):
         super().__init__(html)
         self.judgements = judgements
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        return {MIME: [_plain(judgement) for judgement in self.judgements]}
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        # As metadata, since the site's builder complains of output of a kind it cannot show.
+        shown = {"text/html": self.data, "text/plain": "<IPython.core.display.HTML object>"}
+        return shown, {CARRIED: [_plain(judgement) for judgement in self.judgements]}
 
 
 def _plain(judgement: Judgement) -> dict:

@@ -9,6 +9,7 @@ import dataclasses
 import html
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,10 @@ from pathlib import Path
 from lib.book import BOOK_CHAPTERS, ROOT
 from lib.claims import (
     ALREADY_TRUE,
+    CARRIED,
     CLAIMS,
     CONTRADICTED,
     INCONCLUSIVE,
-    MIME,
     NOT_REPEATED,
     SUPPORTED,
     Claim,
@@ -85,7 +86,7 @@ def collect(folder: Path) -> dict[str, Finding]:
                     title = title if section else heading
                     section = _id(heading)
             for output in cell.get("outputs", []):
-                for plain in output.get("data", {}).get(MIME, []):
+                for plain in output.get("metadata", {}).get(CARRIED, []):
                     key = plain["claim"]
                     if key not in CLAIMS:
                         raise ValueError(
@@ -108,7 +109,7 @@ def kind(judgement: Judgement | None) -> str:
     if judgement.verdict == SUPPORTED:
         if judgement.why == ALREADY_TRUE:
             return "before"
-        return "learned" if judgement.untrained else "holds"
+        return "learned" if _is_known(judgement.untrained) else "holds"
     if judgement.verdict == INCONCLUSIVE:
         return "seeds" if judgement.why == NOT_REPEATED else "open"
     return "against" if judgement.verdict == CONTRADICTED else "unmeasurable"
@@ -215,10 +216,14 @@ def _row(place: int, claim: Claim, studies) -> str:
 
 
 def _number(estimate: Estimate | None) -> str:
-    if estimate is None or estimate.value != estimate.value:  # NaN: there was nothing to measure
+    if not _is_known(estimate):
         return _cell("–")
     value, interval = str(estimate).split(" ", 1)
     return _cell(f"{value}<br><small>{interval}</small>", value, "number")
+
+
+def _is_known(estimate: Estimate | None) -> bool:
+    return estimate is not None and not math.isnan(estimate.value)
 
 
 def _cell(content: str, sort=None, css: str = "") -> str:
