@@ -44,6 +44,8 @@ def main(argv=None) -> int:
         ("measure", "measure similarities and write a record", _measure_arguments, _measure),
         ("studies", "list the studies and their networks", _studies_arguments, _studies),
         ("train", "train a study's networks", _train_arguments, _train),
+        ("scoreboard", "collect the chapters' claims", _scoreboard_arguments, _scoreboard),
+        ("explorer", "write the data of the page of CKA maps", _explorer_arguments, _explorer),
     ):
         command = commands.add_parser(name, help=summary, formatter_class=formatter)
         add_arguments(command)
@@ -262,6 +264,34 @@ def _train(args):
         print(role)
         card = study.train(role, checkpoints=folder, device=device)
         print(f"  accuracy {card['accuracy']:.3f} on {card['test_images']:,} test scenes")
+
+
+def _scoreboard_arguments(parser):
+    parser.description = (
+        "Collect the claims from the executed chapters, in book/chapters and, for other studies,\n"
+        "in book/records/STUDY, and write the table that the scoreboard page shows."
+    )
+
+
+def _scoreboard(args):
+    from lib import scoreboard
+
+    scoreboard.write()
+
+
+def _explorer_arguments(parser):
+    parser.description = (
+        "Write the data of the page on which every cell of every CKA map can be read: of the lab\n"
+        "as the chapter on representation structure measures it, or of a record that `measure`\n"
+        "has written. A new study's file also needs its line in book/explorer.md and _config.yml."
+    )
+    parser.add_argument("record", nargs="?", metavar="FILE", help="a record of another study")
+
+
+def _explorer(args):
+    from lib import explorer
+
+    explorer.write(args.record)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from lib.cka import alignment, jackknife_margin
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE = "supported", "contradicted", "inconclusive"
 UNMEASURABLE = "not measurable"
+ALREADY_TRUE, NOT_REPEATED = "already true before training", "another seed does not repeat it"
+CARRIED = "vit-see-claims"  # judgements in the metadata of an executed chapter's outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +119,9 @@ def decide(
     elif verdict == INCONCLUSIVE:
         why = "the interval contains the threshold"
     elif other_seed and claim.holds(other_seed) != verdict:
-        verdict, why = INCONCLUSIVE, "another seed does not repeat it"
+        verdict, why = INCONCLUSIVE, NOT_REPEATED
     elif verdict == SUPPORTED and untrained and claim.holds(untrained) == SUPPORTED:
-        why = "already true before training"
+        why = ALREADY_TRUE
     return Judgement(claim, trained, other_seed, untrained, verdict, why)
 
 
@@ -176,7 +178,51 @@ def estimate(claim: Claim, record: xr.Dataset, cast: dict[str, str] | None = Non
     return Estimate(value, value - margin, value + margin)
 
 
-def table(judgements: list[Judgement]) -> HTML:
+class Table(HTML):
+    """A table of claims for people, which carries the same as JSON for the scoreboard."""
+
+    def __init__(self, html: str, judgements: list[Judgement]):
+        super().__init__(html)
+        self.judgements = judgements
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        # As metadata, since the site's builder complains of output of a kind it cannot show.
+        shown = {"text/html": self.data, "text/plain": "<IPython.core.display.HTML object>"}
+        return shown, {CARRIED: [_plain(judgement) for judgement in self.judgements]}
+
+
+def _plain(judgement: Judgement) -> dict:
+    """A judgement for JSON; numbers as they are printed, so that they hold on every machine."""
+
+    def rounded(value):
+        return None if np.isnan(value) else float(f"{value:.3f}")
+
+    return {"claim": judgement.claim.key, "verdict": judgement.verdict, "why": judgement.why} | {
+        name: found and {part: rounded(value) for part, value in dataclasses.asdict(found).items()}
+        for name in ("trained", "other_seed", "untrained")
+        for found in [getattr(judgement, name)]
+    }
+
+
+def from_plain(plain: dict) -> Judgement:
+    """The judgement that a table carried into an executed chapter."""
+
+    def estimate_of(found):
+        known = {part: np.nan if value is None else value for part, value in found.items()}
+        return Estimate(**known)
+
+    return Judgement(
+        CLAIMS[plain["claim"]],
+        verdict=plain["verdict"],
+        why=plain["why"],
+        **{
+            name: plain[name] and estimate_of(plain[name])
+            for name in ("trained", "other_seed", "untrained")
+        },
+    )
+
+
+def table(judgements: list[Judgement]) -> Table:
     """The claims of a chapter with their numbers and verdicts, as HTML."""
 
     def side(claim):
@@ -195,7 +241,8 @@ def table(judgements: list[Judgement]) -> HTML:
         }
         for j in judgements
     ]
-    return HTML(pd.DataFrame(rows).to_html(index=False, escape=False, classes="claims", border=0))
+    html = pd.DataFrame(rows).to_html(index=False, escape=False, classes="claims", border=0)
+    return Table(html, judgements)
 
 
 def badge(verdict: str) -> str:

@@ -215,7 +215,7 @@ def test_help_imports_no_command(capsys):
     assert stop.value.code == 0
     assert time.perf_counter() - start < 1
     text = capsys.readouterr().out
-    for command in ("execute", "measure", "studies", "train"):
+    for command in ("execute", "measure", "studies", "train", "scoreboard", "explorer"):
         assert command in text
 
 

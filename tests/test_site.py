@@ -252,6 +252,88 @@ def test_no_page_is_wider_than_a_phone(reading, browser):
     assert not wide
 
 
+def test_the_scoreboard_is_sorted_by_what_is_clicked(browser, server):
+    browser.get(f"{server}/scoreboard.html")
+    state = """return {
+        sorted: [...document.querySelectorAll('.sortable [aria-sort]')]
+            .map(found => [found.dataset.column, found.getAttribute('aria-sort')]),
+        keys: [...document.querySelectorAll('.sortable tbody tr')]
+            .map(row => row.cells[arguments[0]].dataset.sort),
+    }"""
+    before = browser.execute_script(state, 0)
+    assert before["sorted"] == [["0", "ascending"]]
+    assert before["keys"] == [str(place) for place in range(len(before["keys"]))]
+    button = "document.querySelector('.sortable th[data-column=\"1\"] button')"
+    for direction in ("ascending", "descending"):
+        # As a keyboard does it: the button has the focus, and Enter is a click.
+        browser.execute_script(f"{button}.focus()")
+        browser.switch_to.active_element.send_keys("\n")
+        after = browser.execute_script(state, 1)
+        assert after["sorted"] == [["1", direction]]
+        assert after["keys"] == sorted(
+            after["keys"], key=str.casefold, reverse=direction == "descending"
+        )
+        assert len(after["keys"]) == len(before["keys"])
+
+
+@pytest.mark.parametrize("source", ["server", "file"])
+def test_the_explorer_reads_its_cells(source, browser, server):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(
+        f"{server}/explorer.html" if source == "server" else f"{SITE.as_uri()}/explorer.html"
+    )
+    reading = browser.find_element("css selector", "[data-part=reading]")
+    canvas = browser.find_element("css selector", "[data-part=map]")
+    pattern = r"(.+) × (.+): CKA -?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]"
+    rows, columns = re.fullmatch(pattern, reading.text).groups()
+    assert (rows.split(",")[0], columns.split(",")[0]) == ("ViT", "ResNet")
+    canvas.send_keys(Keys.ARROW_UP)
+    above, same = re.fullmatch(pattern, reading.text).groups()
+    assert above != rows
+    assert same == columns
+    canvas.send_keys(Keys.PAGE_DOWN, Keys.HOME)
+    assert reading.text.startswith("ViT, block 0, input × ResNet, stem, convolution: CKA ")
+    canvas.send_keys(Keys.ARROW_DOWN, Keys.ARROW_LEFT)  # there is nothing beyond
+    assert reading.text.startswith("ViT, block 0, input × ResNet, stem, convolution: CKA ")
+    browser.execute_script(
+        """const right = document.querySelector('[data-part=columns]');
+        right.value = 0;
+        right.dispatchEvent(new Event('change'));
+        document.querySelector('[data-part=blocks]').click();"""
+    )
+    rows, columns = re.fullmatch(pattern, reading.text).groups()
+    assert rows == columns
+    assert rows.endswith("output")
+    assert "CKA 1.00 [1.00, 1.00]" in reading.text
+    # The page scrolls smoothly, so that what is pointed at would still be on its way.
+    browser.execute_script(
+        "arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", canvas
+    )
+    wide, high = canvas.rect["width"], canvas.rect["height"]
+    cell = (wide - 60) / 8
+    ActionChains(browser).move_to_element_with_offset(canvas, -60, -90).perform()
+    row, column = 7 - int((high / 2 - 90 - 8) / cell), int((wide / 2 - 60 - 52) / cell)
+    assert row != column
+    expected = f"ViT, block {row}, output × ViT, block {column}, output: CKA "
+    assert reading.text.startswith(expected)
+
+
+def test_scripts_are_loaded_where_they_are_needed(pages):
+    ours = {"scoreboard.js": "scoreboard.html", "explorer.js": "explorer.html"}
+    ours["explorer-lab.js"] = "explorer.html"
+    for script, page in ours.items():
+        assert (SITE / "_static" / script).is_file()
+        assert [
+            name
+            for name, found in pages.items()
+            if any(urlsplit(url).path.endswith(f"/{script}") for url in resources(found))
+        ] == [page]
+        text = (SITE / "_static" / script).read_text(encoding="utf-8")
+        assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\b", text)
+
+
 def test_search_finds_the_first_chapter(browser, server, pages):
     from selenium.webdriver.support.ui import WebDriverWait
 

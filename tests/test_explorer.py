@@ -1,0 +1,137 @@
+"""The explorer's data are the record's, and its words are the taps'."""
+
+import ast
+import base64
+import json
+
+import nbformat
+import numpy as np
+import pytest
+import xarray as xr
+import yaml
+
+from lib import explorer
+from lib.records import ROOT, save
+
+LAYERS = {"vit": ["blocks.0", "blocks.0.attn"], "resnet": ["layer1.0.bn2", "layer1.0", "norm"]}
+BLOCKS = [True, False, False, True, False]
+
+
+@pytest.fixture
+def record():
+    taps = [f"{role}/{layer}" for role, layers in LAYERS.items() for layer in layers]
+    rng = np.random.default_rng(0)
+    square = rng.uniform(-0.3, 1, (5, 5))
+    square = (square + square.T) / 2
+    square[4] = square[:, 4] = np.nan
+    margin = np.abs(square) / 7
+    square[0, 0], margin[0, 0] = 1.0, 3.0  # an interval that is wider than the scale
+    pairs = ("tap", "other")
+    return xr.Dataset(
+        {"cka": (pairs, square), "low": (pairs, square - margin), "high": (pairs, square + margin)},
+        coords={
+            "tap": taps,
+            "other": taps,
+            "role": ("tap", [tap.split("/")[0] for tap in taps]),
+            "layer": ("tap", [tap.split("/")[1] for tap in taps]),
+            "block": ("tap", BLOCKS),
+        },
+        attrs={"study": "lab", "n_images": "64"},
+    )
+
+
+def read(script):
+    """The data of a script, and its values as ``values[kind][tap, other]`` in hundredths."""
+    text = script.removeprefix("(globalThis.explorerStudies ??= []).push(").removesuffix(");\n")
+    data = json.loads(text)
+    count = sum(len(role["layers"]) for role in data["roles"])
+    bytes_ = np.frombuffer(base64.b64decode(data["values"]), np.int8).reshape(3, -1)
+    values = np.zeros((3, count, count), int)
+    rows, columns = np.tril_indices(count)
+    values[:, rows, columns] = values[:, columns, rows] = bytes_
+    return data, dict(zip(("cka", "low", "high"), values, strict=True))
+
+
+def test_values_are_the_records_to_rounding(record):
+    data, values = read(explorer.script(record))
+    for kind, found in values.items():
+        expected = record[kind].values
+        defined = ~np.isnan(expected)
+        np.testing.assert_array_equal(found == data["undefined"], ~defined)
+        inside = defined & (np.abs(expected) < 1.27)
+        assert inside.sum() >= 15
+        np.testing.assert_allclose(found[inside] / 100, expected[inside], atol=0.005 + 1e-9)
+    assert (values["low"][0, 0], values["high"][0, 0]) == (-127, 127)
+
+
+def test_taps_and_blocks_are_found_again(record):
+    data, _ = read(explorer.script(record))
+    assert (data["study"], data["images"]) == ("lab", 64)
+    vit, resnet = data["roles"]
+    assert (vit["name"], vit["first"], vit["blocks"]) == ("ViT", 0, [0])
+    assert (resnet["name"], resnet["first"], resnet["blocks"]) == ("ResNet", 2, [1])
+    assert vit["layers"] == ["block 0, output", "block 0, attention"]
+    assert resnet["layers"] == ["stage 1 unit 0, norm 2", "stage 1 unit 0, output", "last norm"]
+    assert len(data["colours"]) == 101
+    assert data["colours"][0] < "#2" < "#f" < data["colours"][-1]  # from dark to light
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ("blocks.0:input", "block 0, input"),
+        ("blocks.11.norm2:input", "block 11, stream between its branches"),
+        ("blocks.3.mlp.fc2:input", "block 3, hidden layer of the MLP"),
+        ("stages.2.blocks.5.conv1", "stage 2 unit 5, convolution 1"),
+        ("stages.2.blocks.5", "stage 2 unit 5, output"),
+        ("conv1", "convolution 1"),
+        ("stem.conv", "stem, convolution"),
+        ("blocks.3.something.else", "block 3, something.else"),
+        ("features.7", "features.7"),
+    ],
+)
+def test_layers_in_words(layer, words):
+    assert explorer.layer_name(layer) == words
+
+
+def test_roles_are_the_chapters():
+    """Or the page would have to measure what the chapter has measured already."""
+    source = nbformat.read(ROOT / "chapters" / f"{explorer.CHAPTER}.ipynb", as_version=4)
+    (cell,) = [c.source for c in source.cells if "record = measure(chosen, roles," in c.source]
+    assert "[MinibatchCKA()], n_images, batch_size, seed, device)" in cell
+    names = {}
+    for statement in ast.parse(cell).body:
+        target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[0]
+        if getattr(target, "id", None) == "roles":
+            exec(compile(ast.Module([statement], []), "roles", "exec"), names)
+    assert tuple(names["roles"]) == explorer.ROLES
+    assert list(explorer.parameters()) == ["study", "n_images", "batch_size", "seed", "device"]
+    assert explorer.parameters()["study"] == "lab"
+
+
+def test_a_records_file_is_written_beside_the_others(record, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(explorer, "SCRIPTS", tmp_path)
+    record.attrs["study"] = "mine"
+    save(record, tmp_path / "mine.nc")
+    explorer.write(tmp_path / "mine.nc")
+    first = (tmp_path / "explorer-mine.js").read_bytes()
+    explorer.write(tmp_path / "mine.nc")
+    assert (tmp_path / "explorer-mine.js").read_bytes() == first
+    assert "explorer-mine.js: 5 taps" in capsys.readouterr().out
+
+
+def test_committed_data_are_shipped_shown_and_small():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    shipped = config["sphinx"]["config"]["html_static_path"]
+    page = (ROOT / "book" / "explorer.md").read_text(encoding="utf-8")
+    studies = sorted(explorer.SCRIPTS.glob("explorer-*.js"))
+    assert explorer.SCRIPTS / "explorer-lab.js" in studies
+    for path in studies:
+        assert f"_scripts/{path.name}" in shipped
+        assert f'src="_static/{path.name}"' in page
+        assert path.stat().st_size < 1e6
+        data, values = read(path.read_text(encoding="utf-8"))
+        assert f"<option>{data['study']}</option>" in page
+        assert len({role["name"] for role in data["roles"]}) == len(data["roles"])
+        own = np.diagonal(values["cka"])
+        assert set(own.tolist()) <= {100, data["undefined"]}

@@ -1,0 +1,187 @@
+"""The scoreboard says what the chapters say, and nothing where nothing was measured."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from bs4 import BeautifulSoup
+from IPython.core.formatters import DisplayFormatter
+
+from lib import claims, scoreboard
+from lib.claims import CLAIMS, Estimate, decide
+from lib.records import ROOT
+
+ABOVE, BELOW = Estimate(0.8, 0.71234, 0.9), Estimate(-0.8, -0.9, -0.7)
+ABOVE_TOO = Estimate(0.5, 0.4, 0.6)
+ACROSS, UNKNOWN = Estimate(0.0, -0.1, 0.1), Estimate(np.nan, np.nan, np.nan)
+PROSE = (ROOT / "book" / "scoreboard.md").read_text(encoding="utf-8")
+
+
+def output(judgements):
+    """What displaying a table of claims puts into an executed chapter."""
+    data, metadata = DisplayFormatter().format(claims.table(judgements))
+    return {"output_type": "execute_result", "data": data, "metadata": metadata}
+
+
+def chapter(folder, name, *tables):
+    """An executed chapter that ends in tables of claims."""
+    folder.mkdir(exist_ok=True)
+    cells = [
+        {"cell_type": "markdown", "source": ["# A finding\n", "\n", "## Claims, and verdicts"]},
+        *({"cell_type": "code", "outputs": [shown]} for shown in map(output, tables)),
+        {"cell_type": "markdown", "source": ["## Exercises"]},
+    ]
+    text = json.dumps({"cells": cells}, allow_nan=False)
+    (folder / f"{name}.ipynb").write_text(text, encoding="utf-8")
+
+
+def row(text, key):
+    """The cells of a claim in the page's table."""
+    table = BeautifulSoup(text, "html.parser").find("table")
+    return table.find("tr", id=key.lower()).find_all(["th", "td"])
+
+
+def test_a_table_displays_as_before_and_carries_its_judgements():
+    judgement = decide(CLAIMS["E01-uniform"], ABOVE, BELOW, None)
+    shown = output([judgement])
+    assert shown["data"] == {
+        "text/html": claims.table([judgement]).data,
+        "text/plain": "<IPython.core.display.HTML object>",
+    }
+    assert shown["metadata"][claims.CARRIED] == [
+        {
+            "claim": "E01-uniform",
+            "verdict": "inconclusive",
+            "why": "another seed does not repeat it",
+            "trained": {"value": 0.8, "low": 0.712, "high": 0.9},
+            "other_seed": {"value": -0.8, "low": -0.9, "high": -0.7},
+            "untrained": None,
+        }
+    ]
+
+
+@pytest.mark.parametrize("trained", [ABOVE, UNKNOWN])
+def test_a_judgement_survives_json(trained):
+    judgement = decide(CLAIMS["E01-uniform"], trained, None, BELOW)
+    (plain,) = json.loads(
+        json.dumps(output([judgement])["metadata"][claims.CARRIED], allow_nan=False)
+    )
+    again = claims.from_plain(plain)
+    assert (again.claim, again.verdict, again.why) == (
+        judgement.claim,
+        judgement.verdict,
+        judgement.why,
+    )
+    assert [str(part) for part in (again.trained, again.other_seed, again.untrained)] == [
+        str(part) for part in (judgement.trained, judgement.other_seed, judgement.untrained)
+    ]
+
+
+def test_a_known_judgement_becomes_a_row(tmp_path):
+    chapter(tmp_path, "02-finding", [decide(CLAIMS["E01-uniform"], ABOVE, ABOVE_TOO, BELOW)])
+    found = scoreboard.collect(tmp_path)
+    assert list(found) == ["E01-uniform"]
+    text = scoreboard.page({"lab": found, "imagenet": {}})
+    name, says, *cells = row(text, "E01-uniform")
+    assert name.text == "E01-uniform"
+    assert CLAIMS["E01-uniform"].sentence in says.text
+    assert "> 0" in says.text
+    assert says.a.text == "A finding"
+    assert says.a["href"] == "chapters/02-finding.html#claims-and-verdicts"
+    assert [cell.get_text(" ") for cell in cells] == [
+        "supported",
+        "0.800 [0.712, 0.900]",
+        "-0.800 [-0.900, -0.700]",
+        "0.500 [0.400, 0.600]",
+        "not measured here",
+    ]
+    assert [cell["data-sort"] for cell in cells[1:4]] == ["0.800", "-0.800", "0.500"]
+
+
+def test_what_was_not_measured_shows_no_number(tmp_path):
+    chapter(tmp_path, "02-finding", [decide(CLAIMS["E01-uniform"], UNKNOWN, None, None)])
+    text = scoreboard.page({"lab": scoreboard.collect(tmp_path), "tiny-imagenet": {}})
+    texts = [cell.get_text(" ") for cell in row(text, "E01-uniform")[2:]]
+    assert texts == [
+        "not measurable the statistic is undefined", "–", "–", "–", "not measured here",
+    ]  # fmt: skip
+    texts = [cell.get_text(" ") for cell in row(text, "E22-kinship")[2:]]
+    assert texts == ["not measured here", "–", "–", "–", "not measured here"]
+    assert "**42** have not been measured" in text
+
+
+def test_a_study_or_a_chapter_without_claims_is_none(tmp_path):
+    assert scoreboard.collect(tmp_path / "never-measured") == {}
+    chapter(tmp_path, "00-the-lab")
+    assert scoreboard.collect(tmp_path) == {}
+    text = scoreboard.page({study: {} for study in scoreboard.STUDIES})
+    assert text.startswith("<div")  # nothing to sum up
+    assert text.count("not measured here") == len(CLAIMS) * len(scoreboard.STUDIES)
+    for key in CLAIMS:
+        numbers = [cell.text for cell in row(text, key)[2:] if re.search(r"\d", cell.text)]
+        assert not numbers
+
+
+@pytest.mark.parametrize(
+    ("estimates", "kind"),
+    [
+        ((ABOVE, ABOVE, BELOW), "learned"),
+        ((ABOVE, None, ACROSS), "learned"),
+        ((ABOVE, ABOVE, None), "holds"),
+        ((ABOVE, ABOVE, UNKNOWN), "holds"),
+        ((ABOVE, ABOVE, ABOVE), "before"),
+        ((ABOVE, BELOW, ABOVE), "seeds"),
+        ((ACROSS, ABOVE, ABOVE), "open"),
+        ((BELOW, BELOW, ABOVE), "against"),
+        ((UNKNOWN, None, None), "unmeasurable"),
+    ],
+)
+def test_the_summary_counts_and_names(tmp_path, estimates, kind):
+    judgement = decide(CLAIMS["E01-uniform"], *estimates)
+    assert scoreboard.kind(judgement) == kind
+    chapter(tmp_path, "02-finding", [judgement])
+    text = scoreboard.page({"lab": scoreboard.collect(tmp_path)})
+    one, _, rest = scoreboard.KINDS[kind]
+    (line,) = [line for line in text.splitlines() if line.startswith(f"- **1** {one} {rest}: ")]
+    assert re.findall(r">([\w-]+)</a>", line) == ["E01-uniform"]
+
+
+def test_columns_are_numbered_as_cells_are(tmp_path):
+    chapter(tmp_path, "02-finding", [decide(CLAIMS["E01-uniform"], ABOVE, ABOVE, BELOW)])
+    text = scoreboard.page({"lab": scoreboard.collect(tmp_path), "imagenet": {}})
+    page = BeautifulSoup(text, "html.parser")
+    columns = sorted(
+        int(head["data-column"]) for head in page.find_all("th", {"data-column": True})
+    )
+    assert columns == list(range(7))
+    assert {len(found.find_all(["th", "td"])) for found in page.tbody.find_all("tr")} == {7}
+    assert "\n\n" not in text[text.index("<table") :]  # Markdown would end the table there
+    assert all(cell.has_attr("data-sort") for cell in page.tbody.find_all(["th", "td"]))
+
+
+def test_what_cannot_be_right_is_refused(tmp_path):
+    judgement = decide(CLAIMS["E01-uniform"], ABOVE, ABOVE, BELOW)
+    chapter(tmp_path, "02-one", [judgement])
+    chapter(tmp_path, "03-two", [judgement])
+    with pytest.raises(ValueError, match="chapters 02-one and 03-two both judge 'E01-uniform'"):
+        scoreboard.collect(tmp_path)
+    path = tmp_path / "03-two.ipynb"
+    path.write_text(path.read_text().replace("E01-uniform", "E01-gone"))
+    with pytest.raises(ValueError, match="chapter 03-two judges 'E01-gone', which is not in"):
+        scoreboard.collect(tmp_path)
+
+
+def test_the_committed_page_is_what_the_committed_chapters_say():
+    studies = {study: scoreboard.collect(path) for study, path in scoreboard.folders().items()}
+    assert scoreboard.PAGE.read_text(encoding="utf-8") == scoreboard.page(studies), (
+        "run `python -m lib scoreboard`"
+    )
+
+
+def test_the_page_accounts_for_every_experiment_of_the_paper():
+    claimed = {key.split("-")[0] for key in CLAIMS}
+    _, _, absent = PROSE.partition("## What is not on it")
+    explained = set(re.findall(r"^- \*\*(E\d\d)\*\*", absent, re.MULTILINE))
+    assert explained == {f"E{number:02}" for number in range(1, 24)} - claimed
+    assert set(re.findall(r"\bE\d\d\b", absent)) - explained <= claimed
