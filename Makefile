@@ -42,6 +42,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 book: setup  ## run every chapter and build the site
 	$(PY) -m lib execute --jobs $(JOBS)
+	$(PY) -m lib columns
 	@$(MAKE) --no-print-directory site
 
 site: setup  ## build the site from the chapters as last executed

@@ -44,6 +44,7 @@ def main(argv=None) -> int:
         ("measure", "measure similarities and write a record", _measure_arguments, _measure),
         ("studies", "list the studies and their networks", _studies_arguments, _studies),
         ("train", "train a study's networks", _train_arguments, _train),
+        ("columns", "make the pages that show other studies", _columns_arguments, _columns),
     ):
         command = commands.add_parser(name, help=summary, formatter_class=formatter)
         add_arguments(command)
@@ -262,6 +263,20 @@ def _train(args):
         print(role)
         card = study.train(role, checkpoints=folder, device=device)
         print(f"  accuracy {card['accuracy']:.3f} on {card['test_images']:,} test images")
+
+
+def _columns_arguments(parser):
+    parser.description = (
+        "Make the pages that show the figures and verdicts of other studies beside the lab's, of\n"
+        "the executed chapters in book/chapters and book/records/STUDY. Nothing is measured."
+    )
+
+
+def _columns(args):
+    from lib import columns
+
+    for page in columns.write() or ["no study but the lab has executed chapters"]:
+        print(page.relative_to(book.ROOT) if isinstance(page, book.Path) else page)
 
 
 if __name__ == "__main__":
