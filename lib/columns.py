@@ -20,6 +20,7 @@ TOC = ROOT / "book" / "_toc.yml"
 CARDS = ROOT / "lib" / "checkpoints"
 NETWORKS = "networks.txt"  # what the page on the studies includes
 LARGEST = 120_000  # bytes of a picture
+WIDEST = 700  # pixels of a picture that can still be read in half of a page's width
 CHAPTER = re.compile(r"\d\d-.*")
 
 
@@ -87,16 +88,18 @@ def _write_page(lab: Path, others: dict[str, Path], pages: Path) -> Path:
                 text += [f"## {heading}", ""]
                 shown = heading
             alt = cell["metadata"]["mystnb"].get("image", {}).get("alt", "")
-            text += [":::::{grid} 1 1 2 2", ":gutter: 2", ""]
-            for study, found in cells.items():
+            pngs = {study: _picture(found.get(cell["id"])) for study, found in cells.items()}
+            across = 2 if max(map(_width, filter(None, pngs.values())), default=0) <= WIDEST else 1
+            text += [f":::::{{grid}} 1 1 {across} {across}", ":gutter: 2", ""]
+            for study, png in pngs.items():
                 text += ["::::{grid-item}", f"**{_name(study)}**", ""]
-                if png := _picture(found.get(cell["id"])):
+                if png:
                     image = pages / lab.stem / f"{figure['name']}-{study}.png"
                     image.parent.mkdir(exist_ok=True)
                     image.write_bytes(_small(png))
                     text += [
                         f":::{{image}} {lab.stem}/{image.name}",
-                        f":alt: {_name(study)}. {alt}",
+                        f":alt: {alt if study == 'lab' else f'The same figure of {study}.'}",
                         ":::",
                     ]
                 else:
@@ -152,6 +155,11 @@ def _data(cell, mime: str) -> Iterator[str]:
 def _picture(cell) -> bytes | None:
     """The first picture among a cell's outputs, as a PNG file."""
     return next((base64.b64decode(data) for data in _data(cell, "image/png")), None)
+
+
+def _width(png: bytes) -> int:
+    """In pixels, as a PNG file's header gives it."""
+    return int.from_bytes(png[16:20], "big")
 
 
 def _small(png: bytes) -> bytes:
@@ -226,11 +234,10 @@ NOTHING = "**Not measured here:** no network of these studies has been trained y
 COLUMNS = (
     "network",
     "parameters",
-    "photographs seen",
-    "different ones",
+    "images seen",
+    "different",
     "seed",
-    "accuracy",
-    "95 % interval",
+    "accuracy [95 %]",
     "trained in",
 )
 
@@ -260,8 +267,7 @@ def _card(card: dict) -> list[str]:
         f"{recipe['images']:,}",
         f"{recipe['distinct']:,}",
         str(recipe["seed"]),
-        f"{card['accuracy']:.3f}",
-        f"{low:.3f} to {high:.3f}",
+        f"{card['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
         f"{card['seconds'] / 60:.0f} min, {card['device']}",
     ]
 

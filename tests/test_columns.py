@@ -121,8 +121,8 @@ def test_each_figure_stands_beside_the_labs(write, tmp_path):
     assert (folder / "fig-toy-0-photos.png").read_bytes() == png(4)
     first, second = re.findall(r":::::\{grid\}.*?\n:::::\n\n(?:.*?)\n\n", text, re.DOTALL)
     assert first.index("02-toy/fig-toy-0-lab.png") < first.index("02-toy/fig-toy-0-photos.png")
-    assert ":alt: The lab. A square, 0." in first
-    assert ":alt: photos. A square, 0." in first
+    assert ":alt: A square, 0." in first
+    assert ":alt: The same figure of photos." in first
     assert first.rstrip().endswith("{numref}`fig-toy-0`: What is seen in 0.")
     assert second.count("{image}") == 1
     assert "*Not measured in this study.*" in second
@@ -201,6 +201,15 @@ def test_large_pictures_get_fewer_colours(write, tmp_path):
     assert Image.open(path).size == (300, 300)
 
 
+def test_pictures_that_would_be_too_small_beside_each_other_stand_below_each_other(write, tmp_path):
+    assert write()[0].read_text().count("{grid} 1 1 2 2") == 2
+    buffer = io.BytesIO()
+    Image.new("L", (columns.WIDEST + 1, 9)).save(buffer, "PNG")
+    chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [buffer.getvalue(), png(1)])
+    text = write()[0].read_text()
+    assert text.count("{grid} 1 1 1 1") == text.count("{grid} 1 1 2 2") == 1
+
+
 def test_networks_are_those_of_the_cards(write, tmp_path):
     def networks():
         return (tmp_path / "photographs" / "networks.txt").read_text()
@@ -217,7 +226,7 @@ def test_networks_are_those_of_the_cards(write, tmp_path):
     write()
     assert "`photos`, accuracy on 10,000 photographs" in networks()
     assert networks().splitlines()[-1] == (
-        "| `vit` | 0.93 M | 480,000 | 24,000 | 1 | 0.123 | 0.117 to 0.130 | 90 min, one CPU |"
+        "| `vit` | 0.93 M | 480,000 | 24,000 | 1 | 0.123 [0.117, 0.130] | 90 min, one CPU |"
     )
 
 
