@@ -44,6 +44,7 @@ book: setup  ## run every chapter and build the site
 	$(PY) -m lib execute --jobs $(JOBS)
 	$(PY) -m lib scoreboard
 	$(PY) -m lib explorer
+	$(PY) -m lib columns
 	@$(MAKE) --no-print-directory site
 
 site: setup  ## build the site from the chapters as last executed

@@ -46,6 +46,7 @@ def main(argv=None) -> int:
         ("train", "train a study's networks", _train_arguments, _train),
         ("scoreboard", "collect the chapters' claims", _scoreboard_arguments, _scoreboard),
         ("explorer", "write the data of the page of CKA maps", _explorer_arguments, _explorer),
+        ("columns", "make the pages that show other studies", _columns_arguments, _columns),
     ):
         command = commands.add_parser(name, help=summary, formatter_class=formatter)
         add_arguments(command)
@@ -197,11 +198,11 @@ def _studies_arguments(parser):
 
 
 def _studies(args):
-    from lib.studies import Lab, load_study, study_names
+    from lib.studies import Trained, load_study, study_names
 
     for name in args.study or study_names():
         study = load_study(name)
-        if isinstance(study, Lab):
+        if isinstance(study, Trained):
             print(f"{name}: {type(study).__doc__.splitlines()[0]}")
             print(f"  {'role':34} {'architecture':21} {'test accuracy':22} what it is for")
             for role, what in study.roles.items():
@@ -242,13 +243,13 @@ def _train(args):
 
     import torch
 
-    from lib.studies import CHECKPOINTS, load_study
+    from lib.studies import load_study
 
     study = load_study(args.study)
     if not hasattr(study, "train"):
         raise ValueError(f"the networks of {args.study!r} come trained: there is nothing to train")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(args.into) if args.into else CHECKPOINTS
+    folder = Path(args.into) if args.into else study.checkpoints
     wanted = args.roles or list(study.roles)
     waiting = [role for role in wanted if not study.is_trained(role, folder)]
     if not waiting:
@@ -263,7 +264,21 @@ def _train(args):
     for role in waiting:
         print(role)
         card = study.train(role, checkpoints=folder, device=device)
-        print(f"  accuracy {card['accuracy']:.3f} on {card['test_images']:,} test scenes")
+        print(f"  accuracy {card['accuracy']:.3f} on {card['test_images']:,} test images")
+
+
+def _columns_arguments(parser):
+    parser.description = (
+        "Make the pages that show the figures and verdicts of other studies beside the lab's, of\n"
+        "the executed chapters in book/chapters and book/records/STUDY. Nothing is measured."
+    )
+
+
+def _columns(args):
+    from lib import columns
+
+    for page in columns.write() or ["no study but the lab has executed chapters"]:
+        print(page.relative_to(book.ROOT) if isinstance(page, book.Path) else page)
 
 
 def _scoreboard_arguments(parser):

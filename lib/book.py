@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CHAPTERS = ROOT / "chapters"
 BOOK_CHAPTERS = ROOT / "book" / "chapters"
+RECORDS = ROOT / "book" / "records"
 DRAFTS = ROOT / "_build" / "executed"
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -264,13 +265,16 @@ def add_arguments(parser) -> None:
         "they replace the copies in book/chapters, which the site shows and the tests compare\n"
         "against. With parameters they are your own experiment and go to _build/executed, so\n"
         "that the book keeps its published numbers; --publish puts them into the book all the\n"
-        "same. A chapter that fails changes nothing."
+        "same. With --study, chapters that measure run one after the other on that study, go to\n"
+        "book/records/STUDY, and the pages that show them are made anew. A chapter that fails\n"
+        "changes nothing."
     )
     parser.epilog = (
         "examples:\n"
         "  execute                          every chapter\n"
         "  execute 01                       the first\n"
         "  execute 01 -p n_images 256       the first with a value of yours\n"
+        "  execute --study tiny-imagenet    every chapter that measures, on another study\n"
         "  execute --list                   the chapters, and what each lets you change"
     )
     parser.add_argument(
@@ -288,6 +292,7 @@ def add_arguments(parser) -> None:
         metavar=("NAME", "VALUE"),
         help="new value for a name in the chapters' parameters cell; may be repeated",
     )
+    parser.add_argument("--study", help="measure another study, with what it sets for a chapter")
     parser.add_argument(
         "-j", "--jobs", type=int, default=1, metavar="N", help="chapters at a time (default: 1)"
     )
@@ -310,6 +315,9 @@ def main(args) -> None:
                 print(f"    {parameter} = {default}")
         return
     parameters = {name: _value(text) for name, text in args.parameter}
+    if args.study:
+        _execute_study(args.study, names, parameters)
+        return
     out = DRAFTS if parameters and not args.publish else BOOK_CHAPTERS
     start = time.perf_counter()
     written = execute(names, parameters, out, CHAPTERS, args.jobs)
@@ -318,6 +326,29 @@ def main(args) -> None:
         print(f"    {_short(path)}")
     if out == DRAFTS:
         print("The book's own copies are as they were (see --publish).")
+
+
+def _execute_study(name: str, names, parameters: dict) -> None:
+    """Run the chapters that measure on another study, and make the pages of what it shows."""
+    from lib import columns
+    from lib.studies import load_study
+
+    study = load_study(name)
+    if study.name == "lab":
+        raise ValueError("the lab is what `execute` measures without --study")
+    own = getattr(study, "chapter_parameters", {})
+    needed = {"study", "n_images", *parameters}
+    known = _choose(names, chapters(CHAPTERS))
+    chosen = [stem for stem, path in known.items() if needed <= set(parameters_of(path))]
+    if not chosen:
+        raise ValueError(f"none of {_listed(known)} has the parameters {_listed(sorted(needed))}")
+    for stem in chosen:
+        values = {"study": name} | own.get(stem.split("-")[0], {}) | parameters
+        start = time.perf_counter()
+        (path,) = execute(stem, values, RECORDS / study.name, CHAPTERS)
+        print(f"{_short(path)} in {time.perf_counter() - start:.0f} s", flush=True)
+    for page in columns.write():
+        print(f"    {_short(page)}")
 
 
 def _value(text: str):

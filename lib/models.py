@@ -1,10 +1,11 @@
-"""The small networks of the lab, built from timm's classes and matched in cost.
+"""The networks that this repository trains, built from timm's classes and matched in cost.
 
-Each sees 32 x 32 images and ends in an 8 x 8 grid, so that a token of one network and a location
-of another speak of the same 4 x 4 pixels.
+Each ends in an 8 x 8 grid, so that a token of one network and a location of another speak of the
+same patch of the image. The lab's see 32 x 32 images, in patches of 4 x 4 pixels.
 """
 
 import copy
+import dataclasses
 from collections import OrderedDict
 from functools import partial
 
@@ -19,60 +20,85 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib import scenes
 
 GRID = 8
-PATCH = scenes.SIZE // GRID
 
 
-def vit() -> nn.Module:
-    """ViT-96/4: 8 blocks, 6 heads, read from a class token. About 60 M multiply-adds."""
-    return _vit(class_token=True, global_pool="token")
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What the networks of a study have in common; the lab's, unless told otherwise.
+
+    image         : side of the images, in pixels
+    classes       : how many there are
+    width         : of the ViTs' and the Mixer's tokens
+    depth         : how many blocks they have
+    heads         : of a ViT's block
+    channels      : of the stages of the ResNet
+    stem_stride   : of the ResNet's first convolution
+    """
+
+    image: int = scenes.SIZE
+    classes: int = len(scenes.CLASSES)
+    width: int = 96
+    depth: int = 8
+    heads: int = 6
+    channels: tuple[int, int, int] = (64, 128, 256)
+    stem_stride: int = 1
 
 
-def vit_gap() -> nn.Module:
+LAB = Size()
+
+
+def vit(size: Size = LAB) -> nn.Module:
+    """ViT, read from a class token. The lab's, ViT-96/4, takes about 60 M multiply-adds."""
+    return _vit(size, class_token=True, global_pool="token")
+
+
+def vit_gap(size: Size = LAB) -> nn.Module:
     """The same without a class token, read from the mean of its patch tokens."""
-    return _vit(class_token=False, global_pool="avg")
+    return _vit(size, class_token=False, global_pool="avg")
 
 
-def resnet() -> nn.Module:
+def resnet(size: Size = LAB) -> nn.Module:
     """Pre-activation bottleneck ResNet with group normalisation and weight standardisation (BiT).
 
     Three stages of 3, 4 and 6 units at 32, 16 and 8 pixels, after a 3 x 3 stem that keeps the
-    image's size, as ResNets for small images have.
+    image's size, as ResNets for small images have, or halves that of images of 64 pixels.
     """
     model = ResNetV2(
         layers=(3, 4, 6),
-        channels=(64, 128, 256),
-        num_classes=len(scenes.CLASSES),
+        channels=size.channels,
+        num_classes=size.classes,
         norm_layer=partial(GroupNormAct, num_groups=8),
     )
-    model.stem = nn.Sequential(OrderedDict(conv=StdConv2d(3, 64, kernel_size=3)))
+    stem = StdConv2d(3, 64, kernel_size=3, stride=size.stem_stride)
+    model.stem = nn.Sequential(OrderedDict(conv=stem))
     return model
 
 
-def mixer() -> nn.Module:
+def mixer(size: Size = LAB) -> nn.Module:
     """MLP-Mixer of the ViT's width and depth: the same stream, mixed without attention."""
     return MlpMixer(
-        img_size=scenes.SIZE,
-        patch_size=PATCH,
-        num_blocks=8,
-        embed_dim=96,
-        num_classes=len(scenes.CLASSES),
+        img_size=size.image,
+        patch_size=size.image // GRID,
+        num_blocks=size.depth,
+        embed_dim=size.width,
+        num_classes=size.classes,
     )
 
 
-def _vit(**readout) -> nn.Module:
+def _vit(size: Size, **readout) -> nn.Module:
     model = VisionTransformer(
-        img_size=scenes.SIZE,
-        patch_size=PATCH,
-        embed_dim=96,
-        depth=8,
-        num_heads=6,
-        num_classes=len(scenes.CLASSES),
+        img_size=size.image,
+        patch_size=size.image // GRID,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.heads,
+        num_classes=size.classes,
         weight_init="jax",
         **readout,
     )
     # A sine-cosine start for the learned position embedding: from a random start these small ViTs
     # stay at chance for tens of thousands of images.
-    position = build_sincos2d_pos_embed([GRID, GRID], dim=96)
+    position = build_sincos2d_pos_embed([GRID, GRID], dim=size.width)
     with torch.no_grad():
         model.pos_embed[:, model.num_prefix_tokens :] = 0.5 * position
     return model
@@ -136,21 +162,21 @@ ARCHITECTURES = {
     "vit_gap": vit_gap,
     "resnet": resnet,
     "mixer": mixer,
-    "vit_no_skip_early": lambda: without_skips(vit(), 1),
-    "vit_no_skip_middle": lambda: without_skips(vit(), 4),
-    "vit_no_skip_late": lambda: without_skips(vit(), 6),
-    "resnet_no_skip_middle": lambda: without_skips(resnet(), 6),
+    "vit_no_skip_early": lambda size=LAB: without_skips(vit(size), 1),
+    "vit_no_skip_middle": lambda size=LAB: without_skips(vit(size), size.depth // 2),
+    "vit_no_skip_late": lambda size=LAB: without_skips(vit(size), size.depth - 2),
+    "resnet_no_skip_middle": lambda size=LAB: without_skips(resnet(size), 6),
 }
 
 
-def build(architecture: str, seed: int) -> nn.Module:
+def build(architecture: str, seed: int, size: Size = LAB) -> nn.Module:
     """A randomly initialised network in evaluation mode; the same seed gives the same weights."""
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"there is no architecture {architecture!r}; the lab has {known}")
+        raise ValueError(f"there is no architecture {architecture!r}; there are {known}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ARCHITECTURES[architecture]().eval()
+        return ARCHITECTURES[architecture](size).eval()
 
 
 def multiply_adds(model: nn.Module, size: int = scenes.SIZE) -> int:

@@ -150,21 +150,21 @@ def read(pictures: Pictures, n: int, seed: int = 0, resize: int = 256, crop: int
     Images
         With labels if the pictures have classes, and without boxes.
     """
-    order = _order(pictures, seed)
+    waiting = order(pictures, seed)
     pixels = torch.empty(n, 3, crop, crop, dtype=torch.uint8)
     kept: list[int] = []
     skipped: dict[str, list[Path]] = collections.defaultdict(list)
 
     def attempt(place):
         try:
-            return _read_one(pictures.paths[place], resize, crop)
+            return read_one(pictures.paths[place], resize, crop)
         except Exception as error:  # decoders raise whatever they stumble over
-            return _reason(error)
+            return reason(error)
 
     with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-        while len(kept) < n and order:
-            batch, order = order[: n - len(kept)], order[n - len(kept) :]
+        while len(kept) < n and waiting:
+            batch, waiting = waiting[: n - len(kept)], waiting[n - len(kept) :]
             for place, result in zip(batch, pool.map(attempt, batch), strict=True):
                 if isinstance(result, str):
                     skipped[result].append(pictures.paths[place])
@@ -193,7 +193,7 @@ def read(pictures: Pictures, n: int, seed: int = 0, resize: int = 256, crop: int
     return Images(pixels, labels)
 
 
-def _order(pictures: Pictures, seed: int) -> list[int]:
+def order(pictures: Pictures, seed: int) -> list[int]:
     """All pictures in an order drawn by the seed, in which classes take turns."""
     stream = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(pictures.paths), generator=stream).tolist()
@@ -207,7 +207,8 @@ def _order(pictures: Pictures, seed: int) -> list[int]:
     return sorted(drawn, key=turn.get)
 
 
-def _read_one(path: Path, resize: int, crop: int) -> torch.Tensor:
+def read_one(path: Path, resize: int, crop: int) -> torch.Tensor:
+    """A picture (3, crop, crop), uint8: short side to ``resize``, the middle of it."""
     if not path.stat().st_size:
         raise Unusable("empty")
     with Image.open(path) as image:
@@ -231,7 +232,7 @@ def _in_colour(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Why a picture was skipped, in words that are the same for the same kind of trouble."""
     if isinstance(error, UnidentifiedImageError):
         return "no picture of a known format"

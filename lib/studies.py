@@ -1,8 +1,8 @@
 """Studies: at one scale, which images are measured and which network plays which role.
 
-Chapters speak of roles (``vit``, ``resnet``, ``vit_untrained``) and never of checkpoints. The lab's
-networks are trained by this repository; those of the other studies are public checkpoints, named in
-a TOML file that anyone can copy and edit.
+Chapters speak of roles (``vit``, ``resnet``, ``vit_untrained``) and never of checkpoints. The
+networks of some studies are trained by this repository; those of the others are public checkpoints,
+named in a TOML file that anyone can copy and edit.
 """
 
 import dataclasses
@@ -12,15 +12,16 @@ import json
 import os
 import shutil
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lib import hub, images, models, photographs, records, scenes, training
+from lib import hub, images, models, photographs, records, scenes, tiny_imagenet, training
 from lib.scenes import TASKS
-from lib.training import Recipe
+from lib.training import CroppingRecipe, Recipe
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 PUBLIC = Path(__file__).parent / "public"
@@ -70,7 +71,106 @@ class Study:
         return self.roles[base]
 
 
-class Lab(Study):
+class Trained(Study):
+    """A study whose networks are trained by this repository, each by a recipe of its own.
+
+    A kind of it gives ``images``, ``to_input`` and ``training_data``.
+    """
+
+    classes: Sequence[str]
+    size = models.LAB
+    option = ""  # of the command line, to name the study
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the weights are kept that come with the book."""
+        return CHECKPOINTS / self.name
+
+    def training_data(self, role: Role, device) -> tuple:
+        """What a role is trained on, and :class:`~lib.images.Images` for its curve and its card."""
+        raise NotImplementedError
+
+    def model(self, name: str) -> nn.Module:
+        """The network that plays a role, in evaluation mode."""
+        role = self.role(name)
+        if name.endswith(UNTRAINED):
+            return self._untrained(role)
+        path = self.checkpoints / f"{name}.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no weights for the role {name!r} in {self.checkpoints.name}/; "
+                f"train them with: python -m lib train {self.option}{name}"
+            )
+        return training.read_checkpoint(self._untrained(role), path)
+
+    def _untrained(self, role: Role) -> nn.Module:
+        model = models.build(role.architecture, role.recipe.seed, self.size)
+        if role.start:
+            head = {key: p for key, p in model.state_dict().items() if key.startswith("head.")}
+            model.load_state_dict(self.model(role.start).state_dict() | head)
+        return model
+
+    def train(self, name: str, folder=RUNS, checkpoints=None, device="cpu") -> dict:
+        """Train a role, or go on where its training stopped, and write its checkpoint and card.
+
+        Returns the card. The accuracy on it is that of the 16-bit weights that are kept.
+        """
+        role = self.role(name)
+        if name.endswith(UNTRAINED):
+            raise ValueError(f"{name!r} is not trained; that is the point of it")
+        recipe, folder = role.recipe, Path(folder) / self.name / name
+        model = self._untrained(role)
+        data, val, test = self.training_data(role, device)
+        to_input = functools.partial(self.to_input, role=name)
+        curve = training.train(
+            model, recipe, data, (val.pixels, val.labels), folder, device, to_input=to_input
+        )
+        model = model.cpu().half().float()
+        score = training.score(model, test.pixels, test.labels, to_input=to_input)
+        right = round(score * len(test))
+        low, high = training.accuracy_interval(right, len(test))
+        card = {
+            "study": self.name,
+            "role": name,
+            "purpose": role.purpose,
+            "architecture": role.architecture,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": models.multiply_adds(model, self.size.image),
+            "recipe": dataclasses.asdict(recipe),
+            "accuracy": right / len(test),
+            "accuracy_interval": [round(low, 4), round(high, 4)],
+            "test_images": len(test),
+            "weights": records.weights_hash(model),
+            "seconds": round(curve[-1]["seconds"]),
+            "device": records.device_name(device),
+            "provenance": records.provenance(),
+            "curve": [
+                {key: round(point[key], 4) for key in ("images", "loss", "accuracy")}
+                for point in curve
+            ],
+        }
+        checkpoints = Path(checkpoints or self.checkpoints)
+        training.write_checkpoint(model, card, checkpoints / f"{name}.safetensors")
+        shutil.rmtree(folder, ignore_errors=True)
+        return card
+
+    def is_trained(self, name: str, checkpoints=None) -> bool:
+        """Whether a folder holds a role's weights, trained by the recipe it has now."""
+        recipe = json.loads(json.dumps(dataclasses.asdict(self.role(name).recipe)))
+        weights = Path(checkpoints or self.checkpoints) / f"{name}.safetensors"
+        card = weights.with_suffix(".json")
+        if not (weights.exists() and card.exists()):
+            return False
+        return json.loads(card.read_text()).get("recipe") == recipe
+
+    @functools.cached_property
+    def cards(self) -> dict[str, dict]:
+        """The model cards of the trained roles, by role."""
+        paths = {name: self.checkpoints / f"{name}.json" for name in self.roles}
+        return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
+
+
+class Lab(Trained):
     """Procedural scenes and the small matched networks trained on them by this repository."""
 
     name = "lab"
@@ -113,6 +213,10 @@ class Lab(Study):
         },
     }
 
+    @property
+    def checkpoints(self) -> Path:
+        return CHECKPOINTS
+
     def images(self, n: int, seed: int = 0) -> images.Images:
         """``n`` test scenes that no network was trained on."""
         return images.scene_images(n, "test", seed)
@@ -121,84 +225,131 @@ class Lab(Study):
         """uint8 pixels -> what the role's network takes; the same for all networks of the lab."""
         return scenes.to_input(pixels)
 
-    def model(self, name: str) -> nn.Module:
-        """The network that plays a role, in evaluation mode."""
-        role = self.role(name)
-        if name.endswith(UNTRAINED):
-            return self._untrained(role)
-        path = CHECKPOINTS / f"{name}.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"no weights for the role {name!r} in {CHECKPOINTS.name}/; "
-                f"train them with: python -m lib train {name}"
-            )
-        return training.read_checkpoint(self._untrained(role), path)
-
-    def _untrained(self, role: Role) -> nn.Module:
-        model = models.build(role.architecture, role.recipe.seed)
-        if role.start:
-            head = {key: p for key, p in model.state_dict().items() if key.startswith("head.")}
-            model.load_state_dict(self.model(role.start).state_dict() | head)
-        return model
-
-    def train(self, name: str, folder=RUNS, checkpoints=CHECKPOINTS, device="cpu") -> dict:
-        """Train a role, or go on where its training stopped, and write its checkpoint and card.
-
-        Returns the card. The accuracy on it is that of the 16-bit weights that are kept.
-        """
-        role = self.role(name)
-        if name.endswith(UNTRAINED):
-            raise ValueError(f"{name!r} is not trained; that is the point of it")
-        recipe, folder = role.recipe, Path(folder) / self.name / name
-        model = self._untrained(role)
+    def training_data(self, role: Role, device) -> tuple:
         # Further training is on scenes of another seed, which its start has not seen.
         seed = int(role.start is not None)
-        data = images.SceneSet(recipe.distinct, seed=seed, device=device, task=role.task)
-        val = images.scene_images(1024, "val", task=role.task)
-        curve = training.train(model, recipe, data, (val.pixels, val.labels), folder, device)
+        return (
+            images.SceneSet(role.recipe.distinct, seed=seed, device=device, task=role.task),
+            images.scene_images(1024, "val", task=role.task),
+            images.scene_images(TEST_IMAGES, task=role.task),
+        )
 
-        test = images.scene_images(TEST_IMAGES, task=role.task)
-        model = model.cpu().half().float()
-        right = round(training.score(model, test.pixels, test.labels) * len(test))
-        low, high = training.accuracy_interval(right, len(test))
-        card = {
-            "study": self.name,
-            "role": name,
-            "purpose": role.purpose,
-            "architecture": role.architecture,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "multiply_adds": models.multiply_adds(model),
-            "recipe": dataclasses.asdict(recipe),
-            "accuracy": right / len(test),
-            "accuracy_interval": [round(low, 4), round(high, 4)],
-            "test_images": len(test),
-            "weights": records.weights_hash(model),
-            "seconds": round(curve[-1]["seconds"]),
-            "device": records.device_name(device),
-            "provenance": records.provenance(),
-            "curve": [
-                {key: round(point[key], 4) for key in ("images", "loss", "accuracy")}
-                for point in curve
-            ],
-        }
-        training.write_checkpoint(model, card, Path(checkpoints) / f"{name}.safetensors")
-        shutil.rmtree(folder, ignore_errors=True)
-        return card
 
-    def is_trained(self, name: str, checkpoints=CHECKPOINTS) -> bool:
-        """Whether a folder holds a role's weights, trained by the recipe it has now."""
-        recipe = json.loads(json.dumps(dataclasses.asdict(self.role(name).recipe)))
-        weights = Path(checkpoints) / f"{name}.safetensors"
-        card = weights.with_suffix(".json")
-        if not (weights.exists() and card.exists()):
-            return False
-        return json.loads(card.read_text()).get("recipe") == recipe
+class TinyImagenet(Trained):
+    """Photographs of 200 classes and matched networks trained on them by this repository.
+
+    Of each class, the first ``of_each_class`` pictures are used: a few, drawn once, for the curves
+    and the others for training. Test images are those of the validation set, which is the set's
+    last split with labels.
+    """
+
+    name = "tiny-imagenet"
+    size = models.Size(
+        image=64, classes=200, width=256, depth=12, channels=(208, 416, 832), stem_stride=2, heads=8
+    )
+    of_each_class, trained_on = 500, 480
+    # Of 200 classes, probes need more images than of 16.
+    chapter_parameters: ClassVar = {
+        chapter: {"n_images": 8000, "shots": 10} for chapter in ("05", "06")
+    }
+    recipe = CroppingRecipe(
+        images=9_600_000, distinct=96_000, batch_size=480, warmup_steps=1000, pad=8, area=0.35
+    )
 
     @functools.cached_property
-    def cards(self) -> dict[str, dict]:
-        """The model cards of the trained roles, by role."""
-        paths = {name: CHECKPOINTS / f"{name}.json" for name in self.roles}
-        return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
+    def roles(self) -> dict[str, Role]:
+        one, other = self.recipe, dataclasses.replace(self.recipe, seed=1)
+
+        def less(share):
+            return dataclasses.replace(one, distinct=round(share * one.distinct))
+
+        return {
+            "vit": Role("vit", one, "the Vision Transformer, read from its class token"),
+            "vit_other_seed": Role("vit", other, "its twin from another seed: the ceiling"),
+            "vit_gap": Role("vit_gap", one, "read from the mean of its tokens, no class token"),
+            "resnet": Role("resnet", one, "the convolutional network"),
+            "resnet_other_seed": Role("resnet", other, "its twin from another seed"),
+            "mixer": Role("mixer", one, "the MLP-Mixer: tokens mixed without attention"),
+            "vit_no_skip_middle": Role(
+                "vit_no_skip_middle",
+                dataclasses.replace(one, fade=0.3),
+                "without the skips of block 6",
+            ),
+            "resnet_no_skip_middle": Role(
+                "resnet_no_skip_middle", one, "without the skip of unit 6"
+            ),
+            **{
+                f"{family}_data_{share:02.0f}": Role(
+                    family, less(share / 100), f"trained on {share} % of the photographs"
+                )
+                for family in ("vit", "resnet")
+                for share in (3, 10, 30)
+            },
+        }
+
+    @property
+    def option(self) -> str:
+        return f"--study {self.name} "
+
+    @functools.cached_property
+    def root(self) -> Path:
+        return tiny_imagenet.find(data_folder())
+
+    @functools.cached_property
+    def test(self) -> tiny_imagenet.Split:
+        return tiny_imagenet.read_split(self.root, "val")
+
+    @property
+    def classes(self) -> list[str]:
+        return self.test.classes
+
+    @functools.cached_property
+    def _test_images(self) -> images.Images:
+        return tiny_imagenet.read(self.test, self.size.image, self.root.parent)
+
+    def images(self, n: int, seed: int = 0) -> images.Images:
+        """``n`` photographs of the validation set, drawn by a seed, in which classes take turns."""
+        if n > len(self.test):
+            raise ValueError(
+                f"Tiny-ImageNet has {len(self.test):,} test images and {n:,} were asked for"
+            )
+        return self._test_images[photographs.order(self.test, seed)[:n]]
+
+    def to_input(self, pixels: Tensor, role: str) -> Tensor:
+        """uint8 pixels -> what the role's network takes; the same for all networks."""
+        return tiny_imagenet.to_input(pixels)
+
+    def facts(self, roles) -> dict:
+        """What a record says of the pictures."""
+        return {"pictures": f"validation set of Tiny-ImageNet-200, {self.size.image} pixels"}
+
+    def training_data(self, role: Role, device) -> tuple:
+        pool = tiny_imagenet.read_split(self.root, "train")
+        pool = tiny_imagenet.first_of_each_class(pool, self.of_each_class)
+        order = photographs.order(pool, seed=0)
+        apart = self.trained_on * len(self.classes)
+        chosen, curve = order[: role.recipe.distinct], order[apart:]
+        everything = tiny_imagenet.read(pool, self.size.image, self.root.parent)
+        data = tiny_imagenet.PictureSet(everything[chosen], device)
+        return data, everything[curve], self.images(len(self.test))
+
+
+class TinyImagenetSmall(TinyImagenet):
+    """A quarter of Tiny-ImageNet at half the size, and networks of the lab's sizes: for a CPU."""
+
+    name = "tiny-imagenet-small"
+    size = dataclasses.replace(models.LAB, classes=200)
+    of_each_class, trained_on = 125, 120
+    chapter_parameters: ClassVar = {
+        chapter: {"n_images": 4800, "shots": 5} for chapter in ("05", "06")
+    }
+    recipe = CroppingRecipe(images=480_000, distinct=24_000, batch_size=48, area=0.5)
+
+    @functools.cached_property
+    def roles(self) -> dict[str, Role]:
+        used = ("vit", "vit_other_seed", "vit_gap", "resnet", "resnet_other_seed", "vit_data_10")
+        every = super().roles
+        return {name: every[name] for name in used}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,7 +517,7 @@ def data_folder() -> Path:
     return Path(os.environ.get("VIT_SEE_DATA", records.ROOT / "data"))
 
 
-STUDIES = {"lab": Lab}
+STUDIES = {kind.name: kind for kind in (Lab, TinyImagenetSmall, TinyImagenet)}
 
 
 def study_names() -> list[str]:

@@ -64,9 +64,65 @@ class Recipe:
         """What is left at a step of the skip connections that fade out."""
         return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 0.0
 
+    def augmented(self, pixels: Tensor, step: int) -> Tensor:
+        """What the network is shown of a step's images: themselves."""
+        return pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class CroppingRecipe(Recipe):
+    """For images that are seen many times, and never twice the same way.
+
+    pad  : how far a crop may reach over the image's edge, in pixels; 0 there
+    area : the smallest crop's share of the image's area; crops are scaled to the image's size
+    flip : whether every other image is mirrored
+    """
+
+    pad: int = 4
+    area: float = 1.0
+    flip: bool = True
+
+    def augmented(self, pixels: Tensor, step: int) -> Tensor:
+        """Images (n, 3, h, h), uint8, of which each is cropped and mirrored in its own way.
+
+        Drawn by the seed and the step alone, on every device the same.
+        """
+        n, side = len(pixels), pixels.shape[-1]
+        stream = torch.Generator().manual_seed((self.seed * 100_003 + step) * 2 + 1)
+        random = torch.rand(4, n, generator=stream)
+        # Whole pixels, so that a crop that is not scaled is not blurred.
+        extent = (side * (self.area + (1 - self.area) * random[0]).sqrt()).round()
+        first = ((side - extent + 2 * self.pad + 1) * random[1:3]).floor() - self.pad
+        mirrored = (random[3] < 0.5) & self.flip
+        return crop(pixels, first[0], first[1], extent, mirrored)
+
+
+def crop(pixels: Tensor, x: Tensor, y: Tensor, extent: Tensor, mirrored: Tensor) -> Tensor:
+    """Squares of images (n, c, h, h), uint8, scaled to the images' size by linear interpolation.
+
+    ``x``, ``y`` (n,) are the upper left corners in pixels, ``extent`` (n,) the sides, and
+    ``mirrored`` (n,) says which crops are turned left to right. Beyond the image it is black.
+    """
+    side = pixels.shape[-1]
+    zoom = extent / side
+    # An image goes from -1 to 1.
+    shift = [(2 * corner + extent) / side - 1 for corner in (x, y)]
+    zero = torch.zeros_like(zoom)
+    rows = (zoom * torch.where(mirrored, -1.0, 1.0), zero, shift[0], zero, zoom, shift[1])
+    theta = torch.stack(rows, dim=1).view(-1, 2, 3).to(pixels.device)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels.float(), grid, align_corners=False).round().to(torch.uint8)
+
 
 def train(
-    model: nn.Module, recipe: Recipe, data, held_out, folder, device="cpu", stop_after=None
+    model: nn.Module,
+    recipe: Recipe,
+    data,
+    held_out,
+    folder,
+    device="cpu",
+    stop_after=None,
+    to_input=scenes.to_input,
 ) -> list[dict]:
     """Train a network in place; go on where an interrupted training stopped.
 
@@ -83,6 +139,8 @@ def train(
         Where the state is kept while training lasts.
     stop_after : int, optional
         Stop, resumably, after this many steps.
+    to_input : callable
+        Makes the network's input of uint8 pixels.
 
     Returns
     -------
@@ -134,8 +192,9 @@ def train(
                     group["lr"] = recipe.rate(step)
                 for block in cut:
                     block.skip = recipe.skip(step)
+                pixels = recipe.augmented(pixels.to(device), step)
                 with torch.autocast(device_type, dtype=torch.bfloat16):
-                    logits = model(scenes.to_input(pixels.to(device)))
+                    logits = model(to_input(pixels))
                 loss = F.cross_entropy(logits.float(), labels.to(device))
                 optimiser.zero_grad()
                 loss.backward()
@@ -143,7 +202,7 @@ def train(
                 optimiser.step()
                 loss_sum, since = loss_sum + loss.item(), since + 1
                 if (step + 1) % point == 0 or step + 1 == recipe.steps:
-                    accuracy = score(model, *held_out, device=device)
+                    accuracy = score(model, *held_out, device, to_input)
                     seen = (step + 1) * recipe.batch_size
                     curve.append(
                         {
@@ -162,17 +221,19 @@ def train(
     return curve
 
 
-def score(model: nn.Module, pixels: Tensor, labels: Tensor, device="cpu") -> float:
+def score(
+    model: nn.Module, pixels: Tensor, labels: Tensor, device="cpu", to_input=scenes.to_input
+) -> float:
     """Share of images classified right, in evaluation mode and float32."""
-    return float((predict(model, pixels, device) == labels.cpu()).float().mean())
+    return float((predict(model, pixels, device, to_input) == labels.cpu()).float().mean())
 
 
 @torch.no_grad()
-def predict(model: nn.Module, pixels: Tensor, device="cpu") -> Tensor:
+def predict(model: nn.Module, pixels: Tensor, device="cpu", to_input=scenes.to_input) -> Tensor:
     """Predicted classes (n,) of uint8 images (n, 3, h, w); the model's mode is left as it was."""
     training = model.training
     model.eval()
-    parts = [model(scenes.to_input(part.to(device))).argmax(1).cpu() for part in pixels.split(256)]
+    parts = [model(to_input(part.to(device))).argmax(1).cpu() for part in pixels.split(256)]
     model.train(training)
     return torch.cat(parts)
 

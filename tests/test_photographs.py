@@ -138,7 +138,7 @@ def seed_that_draws_last(path):
     for seed in range(2000):
         folder = next(parent for parent in path.parents if parent.name.startswith("test_"))
         pictures = in_folder(folder)
-        if pictures.paths[photographs._order(pictures, seed)[-1]] == path:
+        if pictures.paths[photographs.order(pictures, seed)[-1]] == path:
             return seed
     raise AssertionError
 

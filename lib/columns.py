@@ -1,0 +1,287 @@
+"""The chapters of other studies beside those of the lab, as pages of the book.
+
+A page holds a chapter's figures and verdicts, one column per study, and none of its prose: labels,
+equations and glued numbers stay those of the chapter. Pages are made of executed notebooks alone,
+and the same notebooks always give the same pages.
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
+
+PAGES = ROOT / "book" / "photographs"
+TOC = ROOT / "book" / "_toc.yml"
+CARDS = ROOT / "lib" / "checkpoints"
+NETWORKS = "networks.txt"  # what the page on the studies includes
+LARGEST = 120_000  # bytes of a picture
+WIDEST = 700  # pixels of a picture that can still be read in half of a page's width
+CHAPTER = re.compile(r"\d\d-.*")
+
+
+def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC, cards=CARDS) -> list[Path]:
+    """Write a page for every chapter that was run on another study, and list them in the toc.
+
+    Parameters
+    ----------
+    lab : path
+        The executed chapters of the lab.
+    records : path
+        Holds a folder of executed chapters for each other study.
+    pages : path
+        Where pages and their pictures go, and what is known of the studies' networks. What earlier
+        runs left there is replaced.
+    toc : path
+        The table of contents; the pages stand below the one that is called as their folder is.
+    cards : path
+        Holds a folder of model cards for each study that was trained.
+
+    Returns
+    -------
+    list of Path
+        The pages, in the order of the book.
+    """
+    pages = Path(pages)
+    studies = {
+        folder.name: {path.stem: path for path in folder.glob("*.ipynb") if _is_chapter(path)}
+        for folder in sorted(Path(records).iterdir())
+        if folder.is_dir()
+    }
+    pages.mkdir(parents=True, exist_ok=True)
+    for old in filter(_is_chapter, pages.iterdir()):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    written = []
+    for path in sorted(Path(lab).glob("*.ipynb")):
+        others = {study: found[path.stem] for study, found in studies.items() if path.stem in found}
+        if others:
+            written.append(_write_page(path, others, pages))
+    (pages / NETWORKS).write_text(_networks(Path(cards)), encoding="utf-8")
+    _list(written, Path(toc), pages.name)
+    return written
+
+
+def _is_chapter(path: Path) -> bool:
+    return bool(CHAPTER.fullmatch(path.stem))
+
+
+def _write_page(lab: Path, others: dict[str, Path], pages: Path) -> Path:
+    """The page of one chapter, with its pictures in a folder of the chapter's name."""
+    notebooks = {"lab": _read(lab)} | {study: _read(path) for study, path in others.items()}
+    cells = {
+        study: {cell["id"]: cell for cell in notebook["cells"]}
+        for study, notebook in notebooks.items()
+    }
+    title, text = "", []
+    heading = shown = None
+    for cell in notebooks["lab"]["cells"]:
+        if cell["cell_type"] == "markdown":
+            source = _text(cell["source"])
+            title = title or next(iter(re.findall(r"^# (.+)$", source, re.MULTILINE)), "")
+            heading = next(iter(re.findall(r"^## (.+)$", source, re.MULTILINE)[-1:]), heading)
+        elif figure := cell["metadata"].get("mystnb", {}).get("figure"):
+            if heading != shown:
+                text += [f"## {heading}", ""]
+                shown = heading
+            alt = cell["metadata"]["mystnb"].get("image", {}).get("alt", "")
+            pngs = {study: _picture(found.get(cell["id"])) for study, found in cells.items()}
+            across = 2 if max(map(_width, filter(None, pngs.values())), default=0) <= WIDEST else 1
+            text += [f":::::{{grid}} 1 1 {across} {across}", ":gutter: 2", ""]
+            for study, png in pngs.items():
+                text += ["::::{grid-item}", f"**{_name(study)}**", ""]
+                if png:
+                    image = pages / lab.stem / f"{figure['name']}-{study}.png"
+                    image.parent.mkdir(exist_ok=True)
+                    image.write_bytes(_small(png))
+                    text += [
+                        f":::{{image}} {lab.stem}/{image.name}",
+                        f":alt: {alt if study == 'lab' else f'The same figure of {study}.'}",
+                        ":::",
+                    ]
+                else:
+                    text += ["*Not measured in this study.*"]
+                text += ["::::", ""]
+            text += [":::::", "", f"{{numref}}`{figure['name']}`: {figure['caption']}", ""]
+
+    verdicts = _verdicts(notebooks)
+    if verdicts:
+        text += ["## Claims and verdicts", "", verdicts, ""]
+    text += ["## Where the numbers come from", ""]
+    for study in others:
+        text += [f"`{study}`", "", _provenance(notebooks[study]), ""]
+        if _code(notebooks[study]) != _code(notebooks["lab"]):
+            text += [
+                "The chapter's code has changed since this study was measured: where the columns "
+                "differ, that may be a reason.",
+                "",
+            ]
+    begin = [
+        f"# {title}, on photographs",
+        "",
+        f"The figures and claims of {{doc}}`../{lab.parent.name}/{lab.stem}`, which explains them, "
+        f"in the lab and in {' and '.join(f'`{study}`' for study in others)} "
+        f"({{doc}}`../{pages.name}`). The code is the chapter's for all columns; numbers of images "
+        "may differ and are at the end.",
+        "",
+    ]
+    page = pages / f"{lab.stem}.md"
+    page.write_text("\n".join(begin + text).rstrip() + "\n", encoding="utf-8")
+    return page
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _text(source) -> str:
+    """Notebooks keep text as one string or as a list of lines."""
+    return source if isinstance(source, str) else "".join(source)
+
+
+def _name(study: str) -> str:
+    return "The lab" if study == "lab" else study
+
+
+def _data(cell, mime: str) -> Iterator[str]:
+    for output in (cell or {}).get("outputs", []):
+        if mime in output.get("data", {}):
+            yield _text(output["data"][mime])
+
+
+def _picture(cell) -> bytes | None:
+    """The first picture among a cell's outputs, as a PNG file."""
+    return next((base64.b64decode(data) for data in _data(cell, "image/png")), None)
+
+
+def _width(png: bytes) -> int:
+    """In pixels, as a PNG file's header gives it."""
+    return int.from_bytes(png[16:20], "big")
+
+
+def _small(png: bytes) -> bytes:
+    """The same picture in fewer colours, if it is too large."""
+    if len(png) <= LARGEST:
+        return png
+    from PIL import Image
+
+    for colours in (256, 64, 16):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(png)).convert("RGB").quantize(colours).save(buffer, "PNG")
+        if buffer.tell() <= LARGEST:
+            break
+    return buffer.getvalue()
+
+
+def _verdicts(notebooks: dict[str, dict]) -> str:
+    """One table of the notebooks' claims: what is claimed, then each study's verdict."""
+    sentences, columns = {}, {study: {} for study in notebooks}
+    for study, notebook in notebooks.items():
+        for row in _claims(notebook):
+            claim, measured, *_, verdict = row
+            key = re.search(r"<b>(.*?)</b>", claim)[1]
+            sentences.setdefault(key, claim)
+            columns[study][key] = f"{verdict}<br>{measured}"
+    if not sentences:
+        return ""
+    head = "".join(f"<th>{_name(study)}</th>" for study in columns)
+    rows = "".join(
+        f"<tr><td>{claim}</td>"
+        + "".join(f"<td>{column.get(key, 'not measured')}</td>" for column in columns.values())
+        + "</tr>\n"
+        for key, claim in sentences.items()
+    )
+    return (
+        '<div class="cell_output"><div class="output">\n<table class="dataframe claims">\n'
+        f"<thead><tr><th>claim</th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n"
+        "</div></div>"
+    )
+
+
+def _claims(notebook: dict) -> Iterator[list[str]]:
+    """The rows of a notebook's tables of claims, as :func:`lib.claims.table` writes them."""
+    for cell in notebook["cells"]:
+        for html in _data(cell, "text/html"):
+            if 'class="dataframe claims"' in html:
+                for row in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL):
+                    if found := re.findall(r"<td>(.*?)</td>", row, re.DOTALL):
+                        yield found
+
+
+def _provenance(notebook: dict) -> str:
+    """The table at a chapter's end."""
+    last = notebook["cells"][-1]
+    html = next(_data(last, "text/html"), "")
+    table = re.sub(r"<style.*?</style>\s*", "", html, flags=re.DOTALL)
+    # A blank line would end the HTML for the page's parser.
+    table = re.sub(r"\n\s*\n", "\n", table)
+    return f'<div class="cell_output"><div class="output">\n{table}\n</div></div>'
+
+
+def _code(notebook: dict) -> list[str]:
+    """A chapter's code, apart from its parameters."""
+    return [
+        _text(cell["source"])
+        for cell in notebook["cells"]
+        if cell["cell_type"] == "code" and cell["id"] != "injected-parameters"
+    ]
+
+
+NOTHING = "**Not measured here:** no network of these studies has been trained yet.\n"
+COLUMNS = (
+    "network",
+    "parameters",
+    "images seen",
+    "different",
+    "seed",
+    "accuracy [95 %]",
+    "trained in",
+)
+
+
+def _networks(cards: Path) -> str:
+    """What the model cards of all studies but the lab say, as tables."""
+    tables = []
+    for folder in sorted(path for path in cards.iterdir() if path.is_dir()):
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        if found:
+            rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_card, found)]
+            tables += [
+                f"`{folder.name}`, accuracy on {found[0]['test_images']:,} photographs of the "
+                "validation set:",
+                "",
+                *(f"| {' | '.join(row)} |" for row in rows),
+                "",
+            ]
+    return "\n".join(tables) or NOTHING
+
+
+def _card(card: dict) -> list[str]:
+    recipe, (low, high) = card["recipe"], card["accuracy_interval"]
+    return [
+        f"`{card['role']}`",
+        f"{card['parameters'] / 1e6:.2f} M",
+        f"{recipe['images']:,}",
+        f"{recipe['distinct']:,}",
+        str(recipe["seed"]),
+        f"{card['accuracy']:.3f} [{low:.3f}, {high:.3f}]",
+        f"{card['seconds'] / 60:.0f} min, {card['device']}",
+    ]
+
+
+def _list(written: list[Path], toc: Path, folder: str) -> None:
+    """Put the pages into the table of contents, below the page named as their folder."""
+    lines = [
+        line
+        for line in toc.read_text(encoding="utf-8").splitlines()
+        if f"- file: {folder}/" not in line
+    ]
+    (place,) = (n for n, line in enumerate(lines) if line.strip() == f"- file: {folder}")
+    indent = lines[place].partition("-")[0]
+    lines[place + 1 : place + 1] = [f"{indent}- file: {folder}/{path.stem}" for path in written]
+    text = "\n".join(lines) + "\n"
+    if text != toc.read_text(encoding="utf-8"):
+        toc.write_text(text, encoding="utf-8")
