@@ -53,6 +53,9 @@ site: setup  ## build the site from the chapters as last executed
 
 # One thread per process: JOBS processes already fill the machine.
 test: export OMP_NUM_THREADS = 1
+# As in lib/book.py: memory is taken from the system once.
+test: export MALLOC_MMAP_MAX_ = 0
+test: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 test: setup  ## check the code, the library, the site, and every number in the chapters
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check

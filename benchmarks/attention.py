@@ -5,20 +5,16 @@ computes attention in one fused kernel and makes no maps; the measured one makes
 them block by block. Both run in this process in turn; CPU time, so that other work on the machine
 hardly matters. Memory is the peak over that at the start, for more and more images::
 
-    python benchmarks/attention.py --out book/records/cost-attention.json
+    python -m benchmarks.attention --out book/records/cost-attention.json
 """
 
-import argparse
-import datetime
-import importlib.metadata
-import json
 import statistics
-from pathlib import Path
 
 import timm
 import torch
-from cka import cost, processor
 
+from benchmarks import shared
+from benchmarks.shared import cost
 from lib.attention import AttentionDistance, attention_taps
 from lib.images import Images
 from lib.taps import tapping, unfused_attention
@@ -53,27 +49,13 @@ def main():
             }
         )
         print(rows[-1], flush=True)
-    if options.out:
-        result = {
-            "what": "attention distance of ViT-S/16 (12 blocks), 224 px, random weights, float32",
-            "batch": options.batch,
-            "repeats": options.repeats,
-            "threads": options.threads,
-            "processor": processor(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm")},
-            "date": datetime.date.today().isoformat(),
-            "rows": rows,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    what = "attention distance of ViT-S/16 (12 blocks), 224 px, random weights, float32"
+    shared.result(what, options, rows)
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=32, help="images at once (default: 32)")
+    parser = shared.options(__doc__)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="how many of these")
-    parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
-    parser.add_argument("--out", type=Path, help="JSON to write")
     return parser.parse_args()
 
 

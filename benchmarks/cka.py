@@ -6,33 +6,21 @@ the same two networks are timed in turn with each candidate: CPU time, so that o
 machine hardly matters. Peers that are not installed are left out::
 
     pip install --no-deps torch-cka pytorch-cka ckatorch
-    python benchmarks/cka.py --out book/records/cost-cka.json
+    python -m benchmarks.cka --out book/records/cost-cka.json
 """
 
-import argparse
-import contextlib
 import copy
-import ctypes
-import datetime
-import gc
 import importlib
 import importlib.metadata
-import io
-import json
-import platform
 import statistics
-import sys
-import threading
-import time
-import warnings
-from pathlib import Path
 
 import numpy as np
-import psutil
 import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import shared
+from benchmarks.shared import cost
 from lib.cka import MinibatchCKA
 from lib.taps import tap_names, tapping
 
@@ -71,27 +59,13 @@ def main():
         rows.append({"name": name, **measure(run, models, names, images, truth, options.repeats)})
         print(rows[-1], flush=True)
     print(table(rows))
-    if options.out:
-        result = {
-            "what": "ViT-S/16 (63 taps) x ResNet-50 (172 taps), 224 px, random weights, float32",
-            "batch": options.batch,
-            "repeats": options.repeats,
-            "threads": options.threads,
-            "processor": processor(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "timm")},
-            "date": datetime.date.today().isoformat(),
-            "rows": rows,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    what = "ViT-S/16 (63 taps) x ResNet-50 (172 taps), 224 px, random weights, float32"
+    shared.result(what, options, rows)
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=32, help="images (default: 32)")
-    parser.add_argument("--repeats", type=int, default=3, help="of each candidate (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
+    parser = shared.options(__doc__)
     parser.add_argument("--only", nargs="*", help="candidates besides this book")
-    parser.add_argument("--out", type=Path, help="JSON to write")
     return parser.parse_args()
 
 
@@ -187,9 +161,6 @@ def peers(models, names, images, options):
         "pytorch-cka": ("cka", pytorch_cka),
         "ckatorch": ("ckatorch", None),
     }
-    # A peer's package is called as this file is: look for it elsewhere than beside this file.
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [folder for folder in sys.path if Path(folder or ".").resolve() != here]
     found = {}
     for name, (module, run) in known.items():
         if options.only is not None and name not in options.only:
@@ -235,37 +206,6 @@ def measure(run, models, names, images, truth, repeats):
     }
 
 
-def cost(run, *args):
-    """CPU seconds, peak memory over the start in bytes, result."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    process, peak, done = psutil.Process(), [0], threading.Event()
-
-    def watch():
-        while not done.is_set():
-            peak[0] = max(peak[0], process.memory_info().rss)
-            done.wait(0.005)
-
-    start = process.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        before = time.process_time()
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            result = run(*args)
-        seconds = time.process_time() - before
-    finally:
-        done.set()
-        watcher.join()
-    return seconds, peak[0] - start, result
-
-
 def table(rows):
     lines = [
         "| | CPU time / forward | extra memory (MiB) | largest error | off by > 0.001 |",
@@ -280,14 +220,6 @@ def table(rows):
                 f"{row['max_error']:.1e} | {row['wrong_percent']} % |"
             )
     return "\n".join(lines)
-
-
-def processor():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -100,10 +100,12 @@ def execute(
         raise ValueError(f"chapters cannot run {jobs} at a time")
     quiet = {"TQDM_DISABLE": "1"}  # progress inside a chapter is no result
     threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+    # A layer takes the memory that the last one has freed, instead of asking the system for it.
+    memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000"}
     finished, before = {}, _kernels()
     with (
         tempfile.TemporaryDirectory(prefix="chapters-") as scratch,
-        _environment(**quiet, **threads),
+        _environment(**quiet, **threads, **memory),
         ThreadPoolExecutor(min(jobs, len(chosen))) as pool,
         tqdm(total=len(chosen), unit="chapter", disable=False) as bar,
     ):

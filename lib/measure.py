@@ -59,27 +59,20 @@ def measure(
         raise ValueError(f"cannot measure {n_images} images in batches of {batch_size}")
     images = study.images(n_images, seed)
     networks = {role: study.model(role) for role in roles}
+    inputs = records.inputs(study, networks, images)
     facts = {
         "study": study.name,
-        "images": records.tensor_hash(images.pixels),
+        "images": inputs["images"],
         "n_images": len(images),
         "batch_size": batch_size,
         "seed": seed,
-        "weights": {role: records.weights_hash(model) for role, model in networks.items()},
+        "weights": inputs["weights"],
         "measurements": [_describe(measurement) for measurement in measurements],
     }
     if hasattr(study, "facts"):
         facts |= study.facts(roles)
-    # Equal weights do not make equal networks, nor equal pixels equal inputs.
-    depends_on = facts | {
-        "roles": roles,
-        "structure": {role: str(model) for role, model in networks.items()},
-        "inputs": {
-            role: records.tensor_hash(study.to_input(images.pixels[:1], role)) for role in roles
-        },
-    }
     return processes.together(
-        functools.partial(records.cached, depends_on),
+        functools.partial(records.cached, facts | inputs | {"roles": roles}),
         lambda: _measure(study, networks, measurements, images, batch_size, device, facts),
     )
 

@@ -177,22 +177,23 @@ def measure_receptive_fields(
     images = study.images(n_images, seed)
     networks = {role: study.model(role) for role in taps}
     precision = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    inputs = records.inputs(study, networks, images)
     facts = {
         "study": study.name,
-        "images": records.tensor_hash(images.pixels),
+        "images": inputs["images"],
         "n_images": len(images),
         "channels": channels,
         "seed": seed,
-        "weights": {role: records.weights_hash(model) for role, model in networks.items()},
+        "weights": inputs["weights"],
     }
-    depends_on = facts | {
-        "what": "receptive fields",
-        "taps": {role: tap_names(model, taps[role]) for role, model in networks.items()},
-        "structure": {role: str(model) for role, model in networks.items()},
-        "inputs": {
-            role: records.tensor_hash(study.to_input(images.pixels[:1], role)) for role in networks
-        },
-    }
+    depends_on = (
+        facts
+        | inputs
+        | {
+            "what": "receptive fields",
+            "taps": {role: tap_names(model, taps[role]) for role, model in networks.items()},
+        }
+    )
 
     def compute():
         parts = []

@@ -7,7 +7,9 @@ weights, images or code have changed is measured anew.
 
 import functools
 import hashlib
+import inspect
 import json
+import linecache
 import os
 import platform
 from datetime import UTC, datetime
@@ -38,11 +40,16 @@ def cached(depends_on: dict, compute) -> xr.Dataset:
     ----------
     depends_on : dict
         JSON-able description of the inputs: hashes of weights and images, settings. The library's
-        code and the versions of the numerical packages are added to it.
+        code and the versions of the numerical packages are added to it, and the cell that defines
+        ``compute`` in a notebook.
     compute : callable
         Returns the xarray.Dataset when it has to be measured.
     """
     depends_on = depends_on | {"code": code_hash(), "versions": versions()}
+    if compute.__module__ == "__main__":
+        depends_on |= {
+            "cell": "".join(linecache.getlines(inspect.unwrap(compute).__code__.co_filename))
+        }
     key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / f"{key}.nc"
     if path.exists():
@@ -52,6 +59,18 @@ def cached(depends_on: dict, compute) -> xr.Dataset:
             path.unlink()  # half a file, from a full disk or another version: measure again
     save(compute(), path)
     return load(path)  # what was written, so that the first run prints what every later one does
+
+
+def inputs(study, networks: dict[str, torch.nn.Module], images) -> dict:
+    """What all depends on that some networks of a study, by role, make of some images."""
+    return {
+        "study": study.name,
+        "images": tensor_hash(images.pixels),
+        "weights": {role: weights_hash(model) for role, model in networks.items()},
+        # Equal weights do not make equal networks, nor equal pixels equal inputs.
+        "structure": {role: str(model) for role, model in networks.items()},
+        "inputs": {role: tensor_hash(study.to_input(images.pixels[:1], role)) for role in networks},
+    }
 
 
 def save(record: xr.Dataset, path) -> None:

@@ -156,18 +156,19 @@ def compare(
         raise ValueError(f"a skip and its branch have the same shape; got {shapes}")
     axis = 1 if skip.dim() == 4 else -1
     z, f = skip.float(), branch.float()
-    out = z + f
 
     def dot(a, b):
-        product = torch.linalg.vecdot(a, b, dim=axis)
+        product = torch.linalg.vecdot(a, b, dim=axis).flatten(1)
         return product.to("cpu" if product.device.type == "mps" else product.device, torch.float64)
 
-    z_norm, f_norm, out_norm = (dot(x, x).sqrt().flatten(1) for x in (z, f, out))
+    zz, zf, ff = dot(z, z), dot(z, f), dot(f, f)
+    z_norm, f_norm = zz.sqrt(), ff.sqrt()
+    out_norm = (zz + 2 * zf + ff).clamp(min=0).sqrt()  # of z + f
     values = torch.stack(
         [
             z_norm / f_norm,
-            dot(z, out).flatten(1) / (z_norm * out_norm),
-            dot(z, f).flatten(1) / (z_norm * f_norm),
+            (zz + zf) / (z_norm * out_norm),
+            zf / (z_norm * f_norm),
             z_norm,
             f_norm,
         ]

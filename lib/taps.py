@@ -142,8 +142,12 @@ def tap_names(
     names: set[str] = set()
     for pattern in patterns:
         suffix = INPUT if pattern.endswith(INPUT) else ""
-        glob = re.escape(pattern.removesuffix(INPUT)).replace(r"\*", r"[^.]+")
-        found = [name + suffix for name in modules if name and re.fullmatch(glob, name)]
+        glob = pattern.removesuffix(INPUT)
+        if "*" in glob:
+            glob = re.escape(glob).replace(r"\*", r"[^.]+")
+            found = [name + suffix for name in modules if name and re.fullmatch(glob, name)]
+        else:
+            found = [glob + suffix] if glob and glob in modules else []
         if not found:
             some = ", ".join(name for name in modules if name.count(".") == 0 and name)
             raise TapError(

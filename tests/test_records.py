@@ -1,5 +1,6 @@
 """Records keep their numbers, their labels and where they come from, or are not there at all."""
 
+import linecache
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import xarray as xr
 from torch import nn
 
 from lib import records
+from lib.images import Images
 from lib.records import between, cached, load, save, tensor_hash, weights_hash
 
 
@@ -119,6 +121,58 @@ def test_a_cached_record_is_computed_once_per_description(record, tmp_path, monk
     with pytest.raises(RuntimeError, match="no"):
         cached({"a": 2}, broken)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cell_that_changed_measures_anew(record, tmp_path, monkeypatch):
+    """A notebook's own code is no part of the library: the cell as a whole is in the key."""
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
+    calls = []
+
+    def cell(name, text):
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        names = {"__name__": "__main__", "calls": calls, "record": record, "torch": torch}
+        exec(compile(text, name, "exec"), names)
+        cached({"a": 1}, names["compute"])
+        return len(calls)
+
+    text = "scale = 1\n@torch.no_grad()\ndef compute():\n    calls.append(1)\n    return record\n"
+    assert cell("<cell 1>", text) == 1
+    assert cell("<cell 2>", text) == 1  # the same cell in another kernel
+    assert cell("<cell 3>", text.replace("scale = 1", "scale = 2")) == 2
+
+
+def test_inputs_differ_with_whatever_a_network_makes_of_images():
+    class Fake:
+        name = "fake"
+
+        def to_input(self, pixels, role):
+            return pixels.float() / self.scale
+
+        scale = 1.0
+
+    def key(study=None, model=None, first=0):
+        pixels = torch.arange(first, first + 24, dtype=torch.uint8).view(2, 3, 2, 2)
+        network = model or nn.Linear(2, 2)
+        if model is None:
+            nn.init.ones_(network.weight)
+            nn.init.zeros_(network.bias)
+        return records.inputs(study or Fake(), {"net": network}, Images(pixels))
+
+    other_weight, other_structure, other_study = nn.Linear(2, 2), nn.Linear(2, 2), Fake()
+    nn.init.zeros_(other_weight.weight)
+    nn.init.zeros_(other_weight.bias)
+    nn.init.ones_(other_structure.weight)
+    nn.init.zeros_(other_structure.bias)
+    other_structure.extra_repr = lambda: "without its skip"
+    other_study.scale = 2.0
+    assert key() == key()
+    for changed in (
+        key(model=other_weight),
+        key(model=other_structure),
+        key(study=other_study),
+        key(first=1),
+    ):
+        assert changed != key()
 
 
 # Parts of a record --------------------------------------------------------------------------------

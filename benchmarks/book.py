@@ -1,0 +1,202 @@
+"""What all of the book's measurements together cost over the plain forward passes.
+
+The lab's four networks, float32 on the CPU. All measurements ride on one pass, with the settings of
+the chapter that asks for most of each. The plain passes of the same networks over the same images
+are timed in turn with it, in this process: CPU time, so that other work on the machine hardly
+matters. Receptive fields take gradients, of a few images, and are timed apart::
+
+    python -m benchmarks.book --out book/records/cost-book.json
+"""
+
+import contextlib
+import functools
+import os
+import statistics
+import tempfile
+import time
+
+import torch
+import xarray as xr
+
+from benchmarks import shared
+from benchmarks.shared import cost
+from lib.attention import AttentionDistance, HeadCKA, attention_taps
+from lib.cka import MinibatchCKA
+from lib.localisation import Localisation
+from lib.measure import measure
+from lib.probes import Probes
+from lib.receptive_field import measure_receptive_fields
+from lib.residual import NormRatio
+from lib.studies import Lab
+from lib.taps import tap_names
+
+ROLES = ("vit", "vit_gap", "resnet", "mixer")
+PLACES = ("vit", "vit_gap", "resnet")  # whose tokens chapter 05 asks about
+PROBES = "linear probes"
+FIELDS = {
+    "vit": ["blocks.*", "blocks.*.attn", "blocks.*.mlp"],
+    "resnet": ["stages.*.blocks.*", "stages.*.blocks.*.conv3"],
+}
+
+
+def main():
+    options = parse()
+    torch.set_num_threads(options.threads)
+    study = Drawn(max(options.images, options.more))
+    plain(study, options.batch, options.batch)  # warm-up
+
+    totals, parts = [], []
+    for _ in range(options.repeats):
+        floor, _, _ = cost(plain, study, options.images, options.batch)
+        total, _, clock = cost(measured, study, measurements(study), options.images, options.batch)
+        totals.append(total / floor)
+        parts.append({name: seconds / floor for name, seconds in clock.items()})
+        print(f"{totals[-1]:.2f} times the plain passes ({floor:.1f} s)", flush=True)
+    rows = [
+        {"name": name, "ratio": round(statistics.median(part[name] for part in parts), 3)}
+        for name in parts[0]
+    ]
+    for row in rows:
+        print(f"{row['ratio']:8.3f}  {row['name']}")
+
+    _, least, _ = cost(plain, study, options.batch, options.batch)
+    memory = []
+    for n in (options.images, options.more):
+        few = {name: one for name, one in measurements(study).items() if name != PROBES}
+        _, peak, _ = cost(measured, study, few, n, options.batch)
+        memory.append({"images": n, "extra_mib": max(0, round((peak - least) / 2**20))})
+        print(memory[-1], flush=True)
+
+    images, channels = 32, 2
+    seconds, _, _ = cost(fields, study, images, channels)
+    shared.result(
+        "ViT, mean-pooled ViT, ResNet and Mixer of the lab, 32 px, float32",
+        options,
+        rows,
+        images=options.images,
+        ratio=round(statistics.median(totals), 3),
+        ratios=[round(ratio, 3) for ratio in totals],
+        memory=memory,
+        probes_kib_per_image=round(kept_by_probes(study, options.batch) / 2**10),
+        fields={"images": images, "channels": channels, "ratio": round(seconds / floor, 3)},
+    )
+
+
+def parse():
+    parser = shared.options(__doc__, batch=64)
+    parser.add_argument("--images", type=int, default=1024, help="(default: 1024)")
+    parser.add_argument("--more", type=int, default=4096, help="for memory (default: 4096)")
+    return parser.parse_args()
+
+
+class Drawn(Lab):
+    """The lab with its images and networks in memory, so that making them is not timed."""
+
+    def __init__(self, n: int):
+        self.drawn = super().images(n)
+        self.networks = {role: super(Drawn, self).model(role) for role in ROLES}
+
+    def images(self, n, seed=0):
+        return self.drawn[:n]
+
+    def model(self, name):
+        return self.networks[name]
+
+
+def measurements(study) -> dict:
+    """All measurements that ride on the chapters' forward passes, by name."""
+    vit = study.model("vit")
+    heads, patch = vit.blocks[0].attn.num_heads, vit.patch_embed.patch_size[0]
+    contexts = {
+        "vit": ["blocks.0.attn.norm:input"],
+        "resnet": ["stages.0.blocks.*", "stages.1.blocks.0", "stages.1.blocks.1"],
+    }
+    norms = NormRatio()
+    norms.taps = dict.fromkeys(("vit", "resnet"), norms.taps)
+    blocks = {role: tap_names(study.model(role), "blocks")[::-1] for role in PLACES}
+    probed = {role: names[:: -(-len(names) // 8)] for role, names in blocks.items()}
+    return {
+        "CKA of all layers": MinibatchCKA(),
+        "attention distance": AttentionDistance(dict.fromkeys(("vit", "vit_gap"), attention_taps)),
+        "CKA of heads": HeadCKA(contexts, heads, patch),
+        "norm ratio": norms,
+        "localisation": Localisation(dict.fromkeys(PLACES, "blocks"), grid=8),
+        PROBES: Probes(probed, grid=8, shots=10),
+    }
+
+
+# What is timed
+
+
+def plain(study, n, batch):
+    with torch.no_grad():
+        for pixels in study.images(n).batches(batch):
+            for role in ROLES:
+                study.model(role)(study.to_input(pixels, role))
+
+
+def measured(study, chosen, n, batch) -> dict[str, float]:
+    """CPU seconds by measurement, and of the passes they ride on, with taps."""
+    clock = dict.fromkeys(chosen, 0.0)
+    for name, measurement in chosen.items():
+        time_it(clock, name, measurement)
+    start = time.process_time()
+    with no_cache():
+        measure(study, ROLES, list(chosen.values()), n, batch)
+    return {"passes with taps": time.process_time() - start - sum(clock.values()), **clock}
+
+
+def fields(study, images, channels):
+    with no_cache():
+        measure_receptive_fields(study, FIELDS, images, channels)
+    for model in study.networks.values():
+        model.float()
+
+
+def kept_by_probes(study, batch) -> float:
+    """Bytes of features for each image."""
+    probes = measurements(study)[PROBES]
+    with no_cache(), contextlib.suppress(ValueError):  # too few images to fit any
+        measure(study, PLACES, [probes], batch, batch)
+    return probes.kept / batch
+
+
+def time_it(clock, name, measurement) -> None:
+    """Let a measurement add the CPU time of what it does to a clock; its result is dropped."""
+
+    def watched(function):
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                clock[name] += time.process_time() - start
+
+        return timed
+
+    if hasattr(measurement, "reducer"):
+        make = measurement.reducer
+        measurement.reducer = lambda model: watched(make(model))
+    for what in ("reduce", "reduce_images", "update"):
+        if hasattr(measurement, what):
+            setattr(measurement, what, watched(getattr(measurement, what)))
+    compute = watched(measurement.compute)
+    measurement.compute = lambda: (compute(), xr.Dataset())[1]
+
+
+@contextlib.contextmanager
+def no_cache():
+    before = os.environ.get("VIT_SEE_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["VIT_SEE_CACHE"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["VIT_SEE_CACHE"]
+            if before is not None:
+                os.environ["VIT_SEE_CACHE"] = before
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The benchmarks run, small, and their records hold what chapter 99 reads."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+
+from benchmarks import book, public, shared
+from lib.records import COMMITTED
+
+RECORDS = ("cost-cka", "cost-book", "cost-attention", "cost-public")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_say_where_they_come_from_and_name_no_machine(name):
+    text = (COMMITTED / f"{name}.json").read_text()
+    record = json.loads(text)
+    fields = {"what", "batch", "repeats", "threads", "processor", "versions", "date", "rows"}
+    assert fields <= set(record)
+    assert not re.search(r"/\w+/|https?:", text)
+    assert set(record["versions"]) == {"torch", "timm"}
+
+
+def test_all_measurements_ride_on_one_pass_and_their_shares_add_up():
+    study = book.Drawn(16)
+    few = {name: one for name, one in book.measurements(study).items() if name != book.PROBES}
+    seconds, _, clock = shared.cost(book.measured, study, few, 16, 8)
+    assert list(clock) == ["passes with taps", *few]
+    assert all(value > 0 for value in clock.values())
+    assert sum(clock.values()) == pytest.approx(seconds, rel=0.2)
+    for measurement in few.values():
+        assert measurement.seen.sum() == 16
+
+
+def test_the_record_of_the_book_has_a_share_for_every_measurement():
+    record = json.loads((COMMITTED / "cost-book.json").read_text())
+    study = book.Drawn(1)
+    names = [row["name"] for row in record["rows"]]
+    assert names == ["passes with taps", *book.measurements(study)]
+    total = sum(row["ratio"] for row in record["rows"])
+    assert total == pytest.approx(record["ratio"], rel=0.1)
+    few, many = record["memory"]
+    assert many["images"] == 4 * few["images"]
+
+
+def test_counts_of_a_network_that_can_be_counted_by_hand():
+    """Gram: 2 n width FLOP per picture and tap; ViT-Ti/16 has 197 tokens of width 192."""
+    name, batch = "vit_tiny_patch16_224", 8
+    found = public.cost(name, "blocks", batch)
+    assert found["count"] == 12
+    assert found["gram"] == pytest.approx(2 * batch * 12 * 197 * 192 / 1e9, abs=0.005)
+    tokens, width, depth = 197, 192, 12
+    per_block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    by_hand = 2 * (depth * per_block + 196 * 3 * 16**2 * width + width * 1000) / 1e9
+    assert found["forward"] == pytest.approx(by_hand, rel=0.005)
+    weights = sum(p.numel() for p in timm.create_model(name).parameters())
+    memory = 4 * weights + 8 * 12 * batch**2 + 2 * 4 * batch * tokens * width
+    assert found["memory_gib"] == pytest.approx(memory / 2**30, abs=0.006)
+
+
+def test_the_public_record_has_every_network_of_the_studies_with_both_lists():
+    rows = json.loads((COMMITTED / "cost-public.json").read_text())
+    found = [(row["model"], row["taps"]) for row in rows["rows"]]
+    assert found == [(model, taps) for model in public.models() for taps in public.TAPS]
+    for row in rows["rows"]:
+        work = row["forward"] + row["gram"]
+        assert row["images_per_s_gpu"] == pytest.approx(1e3 * rows["gpu_tflops"] / work, rel=0.01)
+        assert row["images_per_s_core"] == pytest.approx(rows["core_gflops"] / work, rel=0.01)
+
+
+def test_cost_counts_time_and_memory():
+    def work():
+        return torch.ones(2**24).sum().item()  # 64 MiB
+
+    seconds, peak, result = shared.cost(work)
+    assert result == 2**24
+    assert seconds > 0
+    assert peak > 2**24
