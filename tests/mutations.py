@@ -82,7 +82,7 @@ FAULTS = [
     Fault("residual", "ratio upside down", "z_norm / f_norm,", "f_norm / z_norm,"),
     Fault("residual", "registers are patches", "values[..., prefix_tokens:]", "values[..., int(class_token):]"),
     Fault("residual", "wrong axis of a feature map", "axis = 1 if skip.dim() == 4 else -1", "axis = -1"),
-    Fault("residual", "cosine with the branch", "dot(z, out).flatten(1) / (z_norm * out_norm)", "dot(z, f).flatten(1) / (z_norm * f_norm)"),
+    Fault("residual", "cosine with the branch", "(zz + zf) / (z_norm * out_norm)", "zf / (z_norm * f_norm)"),
     Fault("residual", "the crossing needs one side", "return min(early, -late)", "return max(early, -late)"),
     Fault("residual", "projections count as skips", "identity = ~curves.projected", "identity = curves.projected"),
     # Tokens and places
