@@ -242,10 +242,30 @@ def _short(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
+def _say_words(notebook) -> None:
+    """Where words were glued instead of a number, let the text paste them without its format."""
+    glued = {
+        output.metadata["scrapbook"]["name"]: text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "scrapbook" in output.get("metadata", {})
+        for mime, text in output.data.items()
+        if mime.endswith("text/plain") and text.startswith(("'", '"'))
+    }
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(
+                r"(\{glue:text\}`([^`:]+)):[^`]*`",
+                lambda found: f"{found[1]}`" if found[2] in glued else found[0],
+                cell.source,
+            )
+
+
 def _clean(notebook):
     """Drop what differs from run to run though no result did: times, paths, random ids."""
     import nbformat
 
+    _say_words(notebook)
     for key in ("papermill", "widgets"):  # widgets would make the site fetch scripts
         notebook.metadata.pop(key, None)
     notebook.metadata.update(nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE}))

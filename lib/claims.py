@@ -21,6 +21,7 @@ SUPPORTED, CONTRADICTED, INCONCLUSIVE = "supported", "contradicted", "inconclusi
 UNMEASURABLE = "not measurable"
 ALREADY_TRUE, NOT_REPEATED = "already true before training", "another seed does not repeat it"
 CARRIED = "vit-see-claims"  # judgements in the metadata of an executed chapter's outputs
+UNKNOWN = "not measured here"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
+        if not np.isfinite(self.value):
+            return "–"
+        if np.isnan(self.low):
+            return f"{self.value:.3f} (no interval)"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -114,7 +119,7 @@ def decide(
     """
     verdict, why = claim.holds(trained), ""
     if verdict == UNMEASURABLE:
-        undefined = np.isnan(trained.value)
+        undefined = not np.isfinite(trained.value)
         why = "the statistic is undefined" if undefined else "too few minibatches for an interval"
     elif verdict == INCONCLUSIVE:
         why = "the interval contains the threshold"
@@ -125,11 +130,48 @@ def decide(
     return Judgement(claim, trained, other_seed, untrained, verdict, why)
 
 
+def unmeasurable(claim: Claim, why: str) -> Judgement:
+    """What is said of a claim that cannot be judged here, and why, in a few words."""
+    unknown = Estimate(np.nan, np.nan, np.nan)
+    return Judgement(claim, unknown, None, None, UNMEASURABLE, why)
+
+
+def lacking(claim: Claim, known) -> str:
+    """Why a claim cannot be judged from the roles that were measured; empty if it can."""
+    missing = [role for role in claim.roles if role not in known]
+    return f"{UNKNOWN}: no network {missing[0]}" if missing else ""
+
+
+def judge_by(claim: Claim, known, of: Callable[[str], "Estimate"]) -> Judgement:
+    """Verdict on a claim whose estimates a chapter works out.
+
+    Parameters
+    ----------
+    claim : Claim
+    known : collection of str
+        The roles that were measured. A twin counts if all the claim's roles have it.
+    of : function of "", "_other_seed" and "_untrained"
+        The estimate for the networks themselves or for their twins, asked only for what is there.
+    """
+    if why := lacking(claim, known):
+        return unmeasurable(claim, why)
+    twins = (
+        of(twin) if all(role + twin in known for role in claim.roles) else None
+        for twin in ("_other_seed", "_untrained")
+    )
+    return decide(claim, of(""), *twins)
+
+
+def number(value: float | None) -> float | str:
+    """A number for the text, or the words that stand in its place where there is none."""
+    return float(value) if value is not None and np.isfinite(value) else UNKNOWN
+
+
 def judge(claim: Claim, record: xr.Dataset) -> Judgement:
-    """Verdict on a claim about CKA maps, from a record that holds its networks and their twins."""
+    """Verdict on a claim about CKA maps, from a record of its networks and their twins."""
     known = set(record["role"].values.tolist())
-    if missing := [role for role in claim.roles if role not in known]:
-        raise ValueError(f"claim {claim.key!r} needs the role {missing[0]!r}, not in this record")
+    if why := lacking(claim, known):
+        return unmeasurable(claim, why)
 
     def known_twins(suffix):
         return {role: role + suffix for role in claim.roles if role + suffix in known}

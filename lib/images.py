@@ -28,6 +28,16 @@ class Images:
             )
         return self._labels
 
+    @property
+    def labelled(self) -> bool:
+        """Whether somebody said what the images show."""
+        return self._labels is not None
+
+    @property
+    def boxed(self) -> bool:
+        """Whether it is known where the objects of all images are."""
+        return not bool(self.boxes.isnan().any())
+
     def __getitem__(self, which) -> "Images":
         """Some of the images, by a slice or by indices."""
         labels = None if self._labels is None else self._labels[which]

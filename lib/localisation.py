@@ -69,6 +69,19 @@ def coarsen(cells: Tensor, grid: int | None) -> Tensor:
     return F.avg_pool2d(cells.mT.unflatten(2, (side, side)), side // grid).flatten(2).mT
 
 
+def common_grid(sides, most: int) -> int:
+    """The finest grid, of at most ``most`` cells a side, that grids of all the sides average to."""
+    sides = sorted(set(sides))
+    found = max(k for k in range(1, max(1, most) + 1) if not any(side % k for side in sides))
+    if found == 1:
+        raise ValueError(
+            f"grids of {' and '.join(map(str, sides))} cells a side have nothing in common: "
+            "compare networks whose patches fit into each other, or crop the pictures so that "
+            "they do"
+        )
+    return found
+
+
 def patches(pixels: Tensor, grid: int) -> Tensor:
     """Cut images (n, 3, h, h) into patches (n, grid * grid, 3 * size * size), row by row."""
     height, width = pixels.shape[-2:]

@@ -118,7 +118,7 @@ def _mark_blocks(axis, layers, blocks: bool) -> None:
         return
     chosen = [outputs[i] for i in np.linspace(0, len(outputs) - 1, 4).round().astype(int)]
     axis.set_ticks([place for place, _ in chosen])
-    axis.set_ticklabels([_short(layer) for _, layer in chosen], rotation=0, size="small")
+    axis.set_ticklabels([short(layer) for _, layer in chosen], rotation=0, size="small")
     axis.set_tick_params(length=2, pad=1)
 
 
@@ -126,9 +126,17 @@ def _is_output(layer: str) -> bool:
     return layer.rpartition(".")[2].isdigit()
 
 
-def _short(layer: str) -> str:
+def short(layer: str) -> str:
     """``blocks.3`` -> 3, ``stages.1.blocks.0`` -> 1.0, ``layer2.1`` -> 2.1"""
     return ".".join(part.lstrip("layer") for part in layer.split(".") if part[-1].isdigit())
+
+
+def nothing(why: str):
+    """What stands in the place of a figure that this study cannot have: a line that says why."""
+    figure, axis = plt.subplots(figsize=(4, 0.6))
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, f"not measured here: {why}", ha="center", va="center", color="0.4")
+    return figure
 
 
 def depth_lines(axis, values: dict[str, np.ndarray], margins: dict | None = None) -> None:

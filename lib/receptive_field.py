@@ -219,13 +219,30 @@ def measure_receptive_fields(
     return records.cached(depends_on, compute)
 
 
+def kernel_width(model: nn.Module, unit: str) -> int:
+    """How wide, in pixels, the kernels up to the end of a ResNet's unit let one location see."""
+    width, stride, inside = 1, 1, False
+    for name, module in model.named_modules():
+        if inside and not name.startswith(f"{unit}."):
+            break
+        inside = inside or name == unit
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and "downsample" not in name:
+            kernel, step = (
+                one if isinstance(one, int) else one[0]
+                for one in (module.kernel_size, module.stride)
+            )
+            width, stride = width + (kernel - 1) * stride, stride * step
+    return width
+
+
 # What the fields say ------------------------------------------------------------------------------
 
 
 def radius(field: np.ndarray, centre: float, share: float = 0.9) -> float:
     """Radius, in pixels, of the circle around the location that holds a share of the field.
 
-    ``field`` is (y, x), of any scale; between the distances of pixels it is interpolated.
+    ``field`` is (y, x), of any scale; between the distances of pixels it is interpolated. NaN if
+    the location answers to no pixel.
     """
     y, x = (np.arange(size) - centre for size in field.shape)
     distance = np.hypot(y[:, None], x).ravel()
@@ -233,6 +250,8 @@ def radius(field: np.ndarray, centre: float, share: float = 0.9) -> float:
     steps, which = np.unique(distance.round(6), return_inverse=True)
     mass = np.bincount(which, weights=field.ravel())
     held, steps = np.cumsum(mass[mass > 0]), steps[mass > 0]
+    if not len(held):
+        return np.nan
     return float(np.interp(share * held[-1], held, steps))
 
 

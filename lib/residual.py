@@ -501,13 +501,15 @@ def above_resnet(curves: Curves, quantity: str = "median") -> float:
     """Median over the ViT's sub-layers of how far its patches' ratio exceeds the ResNet's.
 
     In doublings, at equal relative depth; positive if it does at most depths. The ResNet's curve is
-    interpolated between its units, without those whose skip is a projection. Of medians, because a
-    ResNet's branch adds nothing at all where every channel is cut off by its ReLU, and one such
-    location makes the mean infinite.
+    interpolated between its units, without those whose skip is a projection; NaN if all are. Of
+    medians, because a ResNet's branch adds nothing at all where every channel is cut off by its
+    ReLU, and one such location makes the mean infinite.
     """
     vit = np.log2(curves("vit", quantity=quantity))
     resnet = np.log2(curves("resnet", quantity=quantity))
     identity = ~curves.projected("resnet")
+    if not identity.any():
+        return np.nan
     depth = np.linspace(0, 1, len(resnet))[identity]
     return float(np.median(vit - np.interp(np.linspace(0, 1, len(vit)), depth, resnet[identity])))
 

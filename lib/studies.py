@@ -59,6 +59,10 @@ class Study:
         """Whether the study has all of some roles; ``<role>_untrained`` is there if the role is."""
         return all(name.removesuffix(UNTRAINED) in self.roles for name in names)
 
+    def those(self, *names: str) -> list[str]:
+        """Those of some roles that can be measured, in the order given."""
+        return [name for name in names if self.has(name)]
+
     def role(self, name: str):
         """The role of a name; ``<role>_untrained`` is the same network before its training."""
         base = name.removesuffix(UNTRAINED)
@@ -168,6 +172,11 @@ class Trained(Study):
         """The model cards of the trained roles, by role."""
         paths = {name: self.checkpoints / f"{name}.json" for name in self.roles}
         return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
+
+    def those(self, *names: str) -> list[str]:
+        """Those of some roles that can be measured: it takes weights, unless it is untrained."""
+        known = super().those(*names)
+        return [name for name in known if name.endswith(UNTRAINED) or name in self.cards]
 
 
 class Lab(Trained):

@@ -402,10 +402,47 @@ def test_a_claim_may_name_its_twin():
     assert judge(claim, record_of(cells, without)).other_seed is None
 
 
-def test_a_missing_role_is_named():
+def test_without_its_networks_a_claim_is_not_measurable_and_names_the_first():
     record = record_of(lambda a, i, b, j: 0.5, small("vit"))
-    with pytest.raises(ValueError, match=r"^claim 'E01-uniform' needs the role 'resnet', not in"):
-        judge(CLAIMS["E01-uniform"], record)
+    judgement = judge(CLAIMS["E22-kinship"], record)
+    assert judgement.verdict == UNMEASURABLE
+    assert judgement.why == "not measured here: no network mixer"
+    assert (str(judgement.trained), judgement.other_seed, judgement.untrained) == ("–", None, None)
+
+
+def test_a_chapter_is_asked_for_the_twins_that_there_are():
+    claim = claim_of(None, roles=("vit", "resnet"))
+    values = {"": 0.8, "_other_seed": 0.7, "_untrained": 0.6}
+    asked = []
+
+    def of(twin):
+        asked.append(twin)
+        return Estimate(values[twin], values[twin] - 0.05, values[twin] + 0.05)
+
+    known = {"vit", "resnet", "vit_other_seed", "vit_untrained", "resnet_untrained"}
+    judgement = claims.judge_by(claim, known, of)
+    assert sorted(asked) == ["", "_untrained"]
+    assert (judgement.trained.value, judgement.untrained.value) == (0.8, 0.6)
+    assert judgement.other_seed is None
+    assert judgement.why == "already true before training"
+    assert claims.judge_by(claim, known | {"resnet_other_seed"}, of).other_seed.value == 0.7
+    asked.clear()
+    missing = claims.judge_by(claim, known - {"resnet"}, of)
+    assert (missing.verdict, asked) == (UNMEASURABLE, [])
+    assert missing.why == "not measured here: no network resnet"
+
+
+def test_numbers_that_are_missing_are_words():
+    nan = float("nan")
+    assert claims.number(np.float32(0.5)) == 0.5
+    assert type(claims.number(np.float32(0.5))) is float
+    for missing in (None, nan, np.inf):
+        assert claims.number(missing) == "not measured here"
+    assert str(Estimate(0.5, 0.4, 0.6)) == "0.500 [0.400, 0.600]"
+    assert str(Estimate(0.5, nan, nan)) == "0.500 (no interval)"
+    assert str(Estimate(nan, nan, nan)) == str(Estimate(-np.inf, nan, nan)) == "–"
+    judgement = decide(claim_of(None), Estimate(-np.inf, nan, nan), None, None)
+    assert judgement.why == "the statistic is undefined"
 
 
 # The claims of the book ---------------------------------------------------------------------------

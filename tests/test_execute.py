@@ -97,6 +97,21 @@ def test_parameters_are_injected_behind_their_defaults(workshop):
     assert "remove-cell" in cells[1].metadata.tags
 
 
+def test_words_in_the_place_of_a_number_are_pasted_without_its_format(workshop):
+    path = workshop.add(
+        "03-third",
+        "from myst_nb import glue\nglue('a', 0.25, display=False)",
+        "glue('b', 'not measured here', display=False)",
+    )
+    text = "{glue:text}`a:.1f` or {glue:text}`b:.1f` or {glue:text}`b` or {glue:text}`unknown:.1f`"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = text
+    nbformat.write(notebook, path)
+    (written,) = workshop.execute("03")
+    said = nbformat.read(written, as_version=4).cells[1].source
+    assert said == text.replace("`b:.1f`", "`b`")
+
+
 def test_a_failing_chapter_changes_nothing(workshop):
     published = workshop.path / "published"
     published.mkdir()

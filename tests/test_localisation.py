@@ -12,6 +12,7 @@ from lib.cka import centre, centred_gram, cka
 from lib.localisation import (
     Localisation,
     coarsen,
+    common_grid,
     contrast,
     edge_contrast,
     estimate,
@@ -108,6 +109,16 @@ def test_a_finer_grid_is_averaged():
 def test_tensors_without_a_square_grid_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         Localisation().reduce(draw(*shape))
+
+
+def test_the_common_grid_is_the_finest_that_all_average_to():
+    assert common_grid([32, 16, 8, 8], 8) == 8
+    assert common_grid([14, 56, 28, 7, 224], 8) == 7
+    assert common_grid([16, 224], 8) == 8
+    assert common_grid([14], 14) == 14
+    assert common_grid([12], 8) == 6
+    with pytest.raises(ValueError, match=r"^grids of 7 and 16 cells a side have nothing in common"):
+        common_grid([16, 7, 16], 8)
 
 
 def test_grids_that_do_not_fit_are_refused():

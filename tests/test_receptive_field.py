@@ -10,6 +10,7 @@ from lib.receptive_field import (
     central_share,
     dominance,
     estimate,
+    kernel_width,
     measure_receptive_fields,
     patch_shares,
     radius,
@@ -185,6 +186,18 @@ def test_inside_no_grad():
 
 
 # What the fields say ------------------------------------------------------------------------------
+
+
+def test_a_field_of_nothing_has_no_radius():
+    assert np.isnan(radius(np.zeros((9, 9)), 4))
+
+
+def test_kernels_reach_as_far_as_is_known():
+    lab = load_study("lab").model("resnet_untrained")  # 3 x 3 each, stride 2 from the second stage
+    assert kernel_width(lab, "stages.0.blocks.2") == 1 + 2 * (1 + 3)
+    assert kernel_width(lab, "stages.1.blocks.3") == 9 + 2 * (1 + 2 * 3)
+    # As tabulated by Araujo et al. (2019), "Computing receptive fields".
+    assert kernel_width(timm.create_model("resnet18"), "layer4.1") == 435
 
 
 def test_radius_of_a_disk_and_of_a_point():

@@ -54,6 +54,24 @@ def test_an_unknown_role_is_one_sentence_that_says_where_the_known_ones_are(lab,
         assert "<role>_untrained" in text
 
 
+def test_what_can_be_measured_has_weights_or_needs_none(lab, monkeypatch):
+    asked = ["resnet", "vit_data_10", "vit", "vti", "vit_data_10_untrained", "vti_untrained"]
+    monkeypatch.setitem(lab.__dict__, "cards", {"vit": {}, "resnet": {}})
+    assert lab.those(*asked) == ["resnet", "vit", "vit_data_10_untrained"]
+    public = load_study("imagenet-small")
+    assert public.those("vit_other_seed", "resnet_untrained", "vit") == ["resnet_untrained", "vit"]
+
+
+def test_images_say_what_is_known_about_them():
+    pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert (images.Images(pixels).labelled, images.Images(pixels).boxed) == (False, False)
+    boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3]])
+    known = images.Images(pixels, torch.zeros(2, dtype=torch.long), boxes)
+    assert (known.labelled, known.boxed) == (True, True)
+    boxes[1, 3] = torch.nan
+    assert not images.Images(pixels, boxes=boxes).boxed
+
+
 def test_an_unknown_study_is_one_sentence_that_names_the_known_ones():
     with pytest.raises(ValueError, match="no study 'labs'; there is lab") as error:
         load_study("labs")
