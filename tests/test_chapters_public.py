@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 import xarray as xr
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook
@@ -33,7 +34,7 @@ CHAPTERS = {
     "05": ("E12", "E13", "E14", "E15", "X9"),
     "06": ("E16", "E17", "E18", "E19"),
 }
-PARAMETERS = {"n_images": 24, "batch_size": 8, "n_fields": 4, "channels": 1, "shots": 2}
+PARAMETERS = {"n_images": 16, "batch_size": 8, "n_fields": 2, "channels": 1, "shots": 2}
 STUDIES = {
     # No twins, pictures without labels; photographs where there are some.
     "pair": ({"vit": VIT, "resnet": RESNET}, 224, False),
@@ -49,7 +50,7 @@ STUDIES = {
 
 
 def make_study(folder, name):
-    """A study of random weights, and 24 pictures."""
+    """A study of random weights, and 24 pictures of which it draws some."""
     roles, crop, labelled = STUDIES[name]
     pictures = folder / f"{name} pictures"
     pictures.mkdir()
@@ -68,6 +69,10 @@ def make_study(folder, name):
     text = f'[images]\nfolder = "{pictures.name}"\nresize = {crop}\ncrop = {crop}\n'
     for seed, (role, model) in enumerate(roles.items(), start=10):
         weights = hub.build(model, seed, crop).state_dict()
+        noise = torch.Generator().manual_seed(seed)
+        for key, value in weights.items():  # away from the start, where branches add nothing
+            if key.endswith("weight"):
+                weights[key] = value + 0.05 * torch.randn(value.shape, generator=noise)
         safetensors.torch.save_file(weights, folder / f"{name}-{role}.safetensors")
         text += f'[roles.{role}]\nmodel = "{model}"\nweights = "{name}-{role}.safetensors"\n'
     (folder / f"{name}.toml").write_text(text)
@@ -166,7 +171,7 @@ def test_every_claim_is_listed_with_numbers_or_with_a_reason(study, number):
             assert low <= value <= high, key
         for missing in CLAIMS[key].roles:
             if not study.study.has(missing):
-                assert kind[2].startswith("not measured here: no network "), key
+                assert kind[2].startswith((f"{UNKNOWN}: no network ", "needs at least two")), key
                 assert (measured, other_seed, untrained) == ("–", "–", "–")
                 break
         assert "nan" not in measured + other_seed + untrained, key
@@ -199,7 +204,7 @@ def test_similarities_lie_between_minus_one_and_one(study):
         np.testing.assert_allclose(np.diag(known), 1, atol=1e-5)
         np.testing.assert_allclose(known, known.T, atol=1e-5)
         assert np.abs(known).max() <= 1 + 1e-5
-        assert known.min() < 0.95
+        assert known.min() < 0.995  # not everything is alike
 
 
 @pytest.mark.parametrize(("name", "grid"), [("pair", 7), ("wide", 4), ("alone", 4)])
