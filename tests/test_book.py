@@ -152,6 +152,21 @@ def test_outputs_name_no_machine(source):
             assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
+@each_chapter
+def test_reading_takes_as_long_as_it_says(source):
+    cells = nbformat.read(source, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    hidden = {"hide-input", "remove-cell"}
+    code = [c.source for c in cells if c.cell_type == "code" and not hidden & set(tags(c))]
+    lines = sum(len(text.splitlines()) for text in code)
+    # 200 words of prose or 20 lines of code a minute.
+    minutes = len(re.findall(r"\w[\w'’-]*", prose)) / 200 + lines / 20
+    if said := re.search(r"Reading takes about (\d+) minutes", prose):
+        assert abs(int(said[1]) - minutes) <= 2
+    else:
+        assert source.stem.startswith("99"), "say how long reading takes, below the first heading"
+
+
 def test_a_chapter_made_from_the_template_passes_from_the_start(tmp_path, monkeypatch):
     source = tmp_path / "chapters" / "07-new.ipynb"
     source.parent.mkdir()
