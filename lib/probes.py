@@ -17,7 +17,8 @@ from scipy import stats
 from torch import Tensor
 from torchmetrics import Metric
 
-from lib.localisation import coarsen, split_tokens
+from lib.localisation import coarsen
+from lib.taps import split_tokens
 
 PENALTIES = tuple(8.0**power for power in range(7))
 READOUTS = ("class token", "mean of patches", "mean of all", "first patch")

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lib import records
 from lib.cka import jackknife_margin
-from lib.localisation import split_tokens
-from lib.taps import tap_names, tapping
+from lib.taps import split_tokens, tap_names, tapping
 
 
 def receptive_field(

@@ -7,6 +7,7 @@ it on the spot, so memory does not grow with the depth of the network, and a lat
 operation cannot change what was measured.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 INPUT = ":input"
+MOST_OTHERS = 8  # class and register tokens in front of the patch tokens
 
 
 class TapError(RuntimeError):
@@ -156,6 +158,42 @@ def tap_names(
         names.update(found)
     # In the order of the modules; a module's input comes before what is inside it.
     return sorted(names, key=lambda name: (order[name.removesuffix(INPUT)], INPUT not in name))
+
+
+def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Separate the tokens that have a place in the image from those that have none.
+
+    Parameters
+    ----------
+    value : Tensor (n, tokens, width) or (n, channels, h, w)
+        A feature map's tokens are its locations. Of a sequence, the patch tokens are the last ones,
+        as many as make the largest square; what stands before them is a class token or registers.
+
+    Returns
+    -------
+    cells : Tensor (n, side * side, width)
+        Row by row from the image's upper left corner.
+    others : Tensor (n, k, width)
+        k is 0 for a feature map and for a network without a class token.
+    """
+    shape = tuple(value.shape)
+    if value.dim() == 3:
+        side = math.isqrt(shape[1])
+        first = shape[1] - side * side
+        if first > MOST_OTHERS:
+            raise ValueError(
+                f"{shape[1]} tokens are no square grid: {side} x {side} would leave {first} over, "
+                f"and there are seldom more than {MOST_OTHERS} class and register tokens"
+            )
+        return value[:, first:], value[:, :first]
+    if value.dim() == 4 and shape[2] == shape[3]:
+        return value.flatten(2).mT, value.new_empty(shape[0], 0, shape[1])
+    if value.dim() == 4:
+        raise ValueError(f"a feature map must be (n, channels, h, w) with h = w; got {shape}")
+    raise ValueError(
+        f"a tensor of shape {shape} has no places in the image: tap tokens (n, tokens, width) or "
+        "feature maps (n, channels, h, w)"
+    )
 
 
 @contextmanager

@@ -86,8 +86,8 @@ FAULTS = [
     Fault("residual", "the crossing needs one side", "return min(early, -late)", "return max(early, -late)"),
     Fault("residual", "projections count as skips", "identity = ~curves.projected", "identity = curves.projected"),
     # Tokens and places
-    Fault("localisation", "columns before rows", "return value.flatten(2).mT, value.new_empty", "return value.mT.flatten(2).mT, value.new_empty"),
-    Fault("localisation", "class token not dropped", "return value[:, first:], value[:, :first]", "return value[:, :-first or None], value[:, :first]"),
+    Fault("taps", "columns before rows", "return value.flatten(2).mT, value.new_empty", "return value.mT.flatten(2).mT, value.new_empty"),
+    Fault("taps", "class token not dropped", "return value[:, first:], value[:, :first]", "return value[:, :-first or None], value[:, :first]"),
     Fault("localisation", "biased own HSIC", "+ every - 2 / (n - 2)", "+ every - 2 / n"),
     Fault("localisation", "the control is no control", "seen.roll((1, 1), (1, 2))", "seen.roll((0, 0), (1, 2))"),
     Fault("localisation", "border is interior", "inside[1:-1, 1:-1] = True", "inside[:] = True"),

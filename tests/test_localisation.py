@@ -23,12 +23,12 @@ from lib.localisation import (
     last_loss,
     own_hsic,
     patches,
-    split_tokens,
     token_grams,
     uniform_distance,
 )
 from lib.measure import measure
 from lib.studies import load_study
+from lib.taps import split_tokens
 
 GRID, SIZE = 4, 16  # patches of 4 x 4 pixels
 
@@ -57,22 +57,6 @@ def measured(tokens, pixels, batch=32, **settings):
 
 
 # Tokens and patches -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("side", "first"), [(8, 0), (8, 1), (14, 5), (7, 1), (1, 0)])
-def test_patch_tokens_are_the_last_ones(side, first):
-    value = draw(2, first + side * side, 3)
-    cells, others = split_tokens(value)
-    assert torch.equal(cells, value[:, first:])
-    assert torch.equal(others, value[:, :first])
-
-
-def test_tokens_of_a_feature_map_are_its_locations_row_by_row():
-    value = draw(2, 3, 5, 5)
-    cells, others = split_tokens(value)
-    assert cells.shape == (2, 25, 3)
-    assert torch.equal(cells[:, 7], value[:, :, 1, 2])
-    assert others.shape == (2, 0, 3)
 
 
 def test_a_patch_and_the_token_of_the_same_place_have_the_same_number():
