@@ -6,6 +6,7 @@ waits in the hook for its own f (or the other way round) and no longer: what is 
 a few sums.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -451,7 +452,7 @@ def estimate(
 
     The interval is a jackknife over groups of minibatches; ``cast`` as for :class:`Curves`.
     """
-    record = record[["projected", "residual", "residual_sums", "residual_histogram"]]
+    curves = Curves(record, cast)
     groups = [record[name].values.astype(float) for name in ("residual_sums", "residual_histogram")]
     shapes = [part.shape[1:] for part in groups]
     flat = np.concatenate([part.reshape(len(part), -1) for part in groups], axis=1)
@@ -460,9 +461,9 @@ def estimate(
     def of_sums(total):
         means = _mean(total[:end].reshape(shapes[0]))
         medians = median(total[end:].reshape(shapes[1]))
-        values = np.concatenate([means, medians[..., None]], axis=-1)
-        part = record.assign(residual=(("branch", "token", "quantity"), values))
-        return np.asarray(float(statistic(Curves(part, cast))))
+        part = copy.copy(curves)
+        part._values = np.concatenate([means, medians[..., None]], axis=-1)
+        return np.asarray(float(statistic(part)))
 
     with np.errstate(invalid="ignore", divide="ignore"):
         value, margin = float(of_sums(flat.sum(0))), float(jackknife_margin(flat, of_sums))
