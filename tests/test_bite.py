@@ -89,7 +89,8 @@ def run_pytest(folder, *arguments):
 def test_an_unmodified_copy_passes(tmp_path):
     folder = copy(tmp_path)
     slow = ("two_processes", "intervals_cover", "float32_agrees", "whatever_changes", "half_a_file")
-    run = run_pytest(folder, "tests", "-k", " and ".join(f"not {name}" for name in slow))
+    fast = [f"tests/{name}" for name in ("test_a_which.py", "test_cka.py", "test_records.py")]
+    run = run_pytest(folder, *fast, "-k", " and ".join(f"not {name}" for name in slow))
     assert run.returncode == 0, run.stdout
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 50
 

@@ -141,7 +141,7 @@ def everything(tmp_path_factory):
     records = [xr.load_dataset(p, engine="h5netcdf") for p in (folder / "cache").glob("*.nc")]
     return {
         name: Executed(
-            load_study(str(path)), done, [r for r in records if r.attrs["study"] == name]
+            load_study(str(path)), done, [r for r in records if r.attrs.get("study") == name]
         )
         for name, path in paths.items()
     }
@@ -233,7 +233,7 @@ def test_heads_look_no_further_than_the_image_is_wide(study):
     [
         ("pair", "01", "E23-batch-size", "needs at least two minibatches of 128"),
         ("pair", "02", "E21-diagonal", "not measured here: no network vit_gap"),
-        ("pair", "03", "E04-data", "not measured here: no network vit_data_10"),
+        ("pair", "03", "E04-data", "not measured here: no network vit_data_03"),
         ("pair", "04", "E11-accuracy", "not measured here: no network vit_no_skip_middle"),
         ("pair", "05", "E14-resnet", "needs labels"),
         ("pair", "06", "E18-middle", "needs labels"),

@@ -189,8 +189,9 @@ def test_ctrl_c_in_the_middle_of_a_chapter_leaves_nothing_behind(workshop):
     here = f"import os, time\nopen({str(marker)!r}, 'w').write(str(os.getpid()))\n"
     workshop.add("03-third", here + "time.sleep(300)")
     program = f"""
-import pathlib, sys
+import pathlib, signal, sys
 from lib import __main__, book
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
 book.CHAPTERS = pathlib.Path({str(book.CHAPTERS)!r})
 book.BOOK_CHAPTERS = pathlib.Path({str(book.BOOK_CHAPTERS)!r})
 sys.exit(__main__.main(["execute", "03"]))

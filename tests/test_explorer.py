@@ -12,6 +12,7 @@ import yaml
 
 from lib import explorer
 from lib.records import ROOT, save
+from lib.studies import load_study
 
 LAYERS = {"vit": ["blocks.0", "blocks.0.attn"], "resnet": ["layer1.0.bn2", "layer1.0", "norm"]}
 BLOCKS = [True, False, False, True, False]
@@ -99,10 +100,10 @@ def test_roles_are_the_chapters():
     source = nbformat.read(ROOT / "chapters" / f"{explorer.CHAPTER}.ipynb", as_version=4)
     (cell,) = [c.source for c in source.cells if "record = measure(chosen, roles," in c.source]
     assert "[MinibatchCKA()], n_images, batch_size, seed, device)" in cell
-    names = {}
+    names = {"chosen": load_study("lab")}
     for statement in ast.parse(cell).body:
         target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[0]
-        if getattr(target, "id", None) == "roles":
+        if getattr(target, "id", None) in ("families", "roles"):
             exec(compile(ast.Module([statement], []), "roles", "exec"), names)
     assert tuple(names["roles"]) == explorer.ROLES
     assert list(explorer.parameters()) == ["study", "n_images", "batch_size", "seed", "device"]
