@@ -42,9 +42,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 book: setup  ## run every chapter and build the site
 	$(PY) -m lib execute --jobs $(JOBS)
-	$(PY) -m lib scoreboard
-	$(PY) -m lib explorer
-	$(PY) -m lib columns
+	$(PY) -m lib pages
 	@$(MAKE) --no-print-directory site
 
 site: setup  ## build the site from the chapters as last executed
@@ -59,7 +57,7 @@ test: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 test: setup  ## check the code, the library, the site, and every number in the chapters
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m nbstripout --keep-id --verify chapters/*.ipynb
+	$(PY) -m nbstripout --keep-id --verify chapters/*.ipynb book/_template.ipynb
 	$(PY) -m pytest -n $(JOBS) --dist loadscope tests book/chapters \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval-sanitize.cfg
 

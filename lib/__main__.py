@@ -44,9 +44,7 @@ def main(argv=None) -> int:
         ("measure", "measure similarities and write a record", _measure_arguments, _measure),
         ("studies", "list the studies and their networks", _studies_arguments, _studies),
         ("train", "train a study's networks", _train_arguments, _train),
-        ("scoreboard", "collect the chapters' claims", _scoreboard_arguments, _scoreboard),
-        ("explorer", "write the data of the page of CKA maps", _explorer_arguments, _explorer),
-        ("columns", "make the pages that show other studies", _columns_arguments, _columns),
+        ("pages", "make the pages that follow from the chapters", _pages_arguments, _pages),
     ):
         command = commands.add_parser(name, help=summary, formatter_class=formatter)
         add_arguments(command)
@@ -267,45 +265,26 @@ def _train(args):
         print(f"  accuracy {card['accuracy']:.3f} on {card['test_images']:,} test images")
 
 
-def _columns_arguments(parser):
+def _pages_arguments(parser):
     parser.description = (
-        "Make the pages that show the figures and verdicts of other studies beside the lab's, of\n"
-        "the executed chapters in book/chapters and book/records/STUDY. Nothing is measured."
+        "Make what follows from the executed chapters in book/chapters and, of other studies, in\n"
+        "book/records/STUDY: the scoreboard of all claims, the pages that show other studies\n"
+        "beside the lab, and the data of the explorer of CKA maps. Only the last may have to\n"
+        "measure, what the chapter on representation structure does, if that is not cached."
+    )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        help="make only the explorer's data of a record that `measure` has written; a new study's "
+        "also need a line in book/explorer.md and _config.yml",
     )
 
 
-def _columns(args):
-    from lib import columns
-
-    for page in columns.write() or ["no study but the lab has executed chapters"]:
-        print(page.relative_to(book.ROOT) if isinstance(page, book.Path) else page)
-
-
-def _scoreboard_arguments(parser):
-    parser.description = (
-        "Collect the claims from the executed chapters, in book/chapters and, for other studies,\n"
-        "in book/records/STUDY, and write the table that the scoreboard page shows."
-    )
-
-
-def _scoreboard(args):
-    from lib import scoreboard
-
-    scoreboard.write()
-
-
-def _explorer_arguments(parser):
-    parser.description = (
-        "Write the data of the page on which every cell of every CKA map can be read: of the lab\n"
-        "as the chapter on representation structure measures it, or of a record that `measure`\n"
-        "has written. A new study's file also needs its line in book/explorer.md and _config.yml."
-    )
-    parser.add_argument("record", nargs="?", metavar="FILE", help="a record of another study")
-
-
-def _explorer(args):
+def _pages(args):
     from lib import explorer
 
+    if not args.record:
+        book.write_pages()
     explorer.write(args.record)
 
 

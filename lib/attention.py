@@ -19,9 +19,8 @@ from torchmetrics import Metric
 
 from lib.cka import MinibatchCKA, alignment, centred_gram, jackknife_margin
 from lib.images import Images
-from lib.taps import TapError
+from lib.taps import MOST_PREFIX_TOKENS, TapError
 
-MOST_PREFIX_TOKENS = 8  # class and register tokens
 # Heads sorted by distance say something only if their distances differ by at least this factor.
 NEEDED_SPREAD = 2.0
 # What is summed over images, of every head. Means over queries; "rows" counts those queries that

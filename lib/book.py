@@ -37,7 +37,7 @@ class ChapterError(RuntimeError):
 
 def chapters(source: Path = CHAPTERS) -> dict[str, Path]:
     """Every chapter's name and source notebook, in the order of the book."""
-    found = {path.stem: path for path in sorted(Path(source).glob("[!_]*.ipynb"))}
+    found = {path.stem: path for path in sorted(Path(source).glob("*.ipynb"))}
     if not found:
         raise FileNotFoundError(
             f"there are no chapters in {source}; run this from a checkout of the book"
@@ -352,7 +352,6 @@ def main(args) -> None:
 
 def _execute_study(name: str, names, parameters: dict) -> None:
     """Run the chapters that measure on another study, and make the pages of what it shows."""
-    from lib import columns
     from lib.studies import load_study
 
     study = load_study(name)
@@ -369,8 +368,16 @@ def _execute_study(name: str, names, parameters: dict) -> None:
         start = time.perf_counter()
         (path,) = execute(stem, values, RECORDS / study.name, CHAPTERS)
         print(f"{_short(path)} in {time.perf_counter() - start:.0f} s", flush=True)
+    write_pages()
+
+
+def write_pages() -> None:
+    """Make the scoreboard, and the pages that show other studies, of the executed chapters."""
+    from lib import columns, scoreboard
+
+    scoreboard.write()
     for page in columns.write():
-        print(f"    {_short(page)}")
+        print(_short(page))
 
 
 def _value(text: str):

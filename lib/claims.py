@@ -49,6 +49,12 @@ class Claim:
     below: bool = False
     other_seed: Mapping[str, str] | None = None
 
+    @property
+    def wording(self) -> str:
+        """What is claimed, where, and what decides, as HTML."""
+        side = f"{'&lt;' if self.below else '&gt;'} {self.threshold:g}"
+        return f"{self.sentence} ({self.source})<br><small>Holds if: {self.meaning} {side}</small>"
+
     def holds(self, estimate: "Estimate") -> str:
         """Verdict of one estimate alone, by where its interval lies."""
         if np.isnan(estimate.low) or np.isnan(estimate.high):
@@ -266,16 +272,9 @@ def from_plain(plain: dict) -> Judgement:
 
 def table(judgements: list[Judgement]) -> Table:
     """The claims of a chapter with their numbers and verdicts, as HTML."""
-
-    def side(claim):
-        return f"{'&lt;' if claim.below else '&gt;'} {claim.threshold:g}"
-
     rows = [
         {
-            "claim": (
-                f"<b>{j.claim.key}</b> {j.claim.sentence} ({j.claim.source})"
-                f"<br><small>Holds if: {j.claim.meaning} {side(j.claim)}</small>"
-            ),
+            "claim": f"<b>{j.claim.key}</b> {j.claim.wording}",
             "measured [95 %]": str(j.trained),
             "other seed": str(j.other_seed or "–"),
             "untrained": str(j.untrained or "–"),
@@ -386,7 +385,7 @@ def _mixer_kinship(maps: Maps) -> float:
     return float(maps["mixer", "vit"].mean() - maps["mixer", "resnet"].mean())
 
 
-def _deficit(maps: Maps, fewer: str = "vit_data_10") -> np.ndarray:
+def _deficit(maps: Maps, fewer: str) -> np.ndarray:
     """What less data costs each block in CKA with a full-data network, against the ceiling.
 
     The reference is a network from another seed, for which the full-data twin is the ceiling: both
@@ -396,13 +395,13 @@ def _deficit(maps: Maps, fewer: str = "vit_data_10") -> np.ndarray:
     return np.diagonal(maps["vit", reference]) - np.diagonal(maps[fewer, reference])
 
 
-def _early_deficit(maps: Maps, fewer: str = "vit_data_10") -> float:
+def _early_deficit(maps: Maps, fewer: str) -> float:
     """Mean deficit of the first third of the blocks."""
     deficit = _deficit(maps, fewer)
     return float(deficit[: max(1, round(len(deficit) / 3))].mean())
 
 
-def _late_deficit(maps: Maps, fewer: str = "vit_data_10") -> float:
+def _late_deficit(maps: Maps, fewer: str) -> float:
     """Mean deficit of the last third of the blocks minus that of the first third."""
     deficit = _deficit(maps, fewer)
     third = max(1, round(len(deficit) / 3))
@@ -746,47 +745,37 @@ CLAIMS = {
             ("vit_gap",),
             below=True,
         ),
-        Claim(
-            "E16-late",
-            "What less data costs a ViT, it costs in the later blocks.",
-            "Fig. 12",
-            _late_deficit,
-            "loss of CKA with a full-data ViT, trained on 10 %, last third of blocks minus first,",
-            0.0,
-            ("vit_data_10", "vit", "vit_other_seed"),
-            other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
-        ),
-        Claim(
-            "E16-early",
-            "The early blocks of a ViT need little data.",
-            "Fig. 12",
-            _early_deficit,
-            "loss of CKA with a full-data ViT, trained on 10 %, first third of blocks,",
-            0.1,
-            ("vit_data_10", "vit", "vit_other_seed"),
-            below=True,
-            other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
-        ),
-        Claim(
-            "E16-late-03",
-            "What very little data costs a ViT, it costs in the later blocks.",
-            "Fig. 12",
-            functools.partial(_late_deficit, fewer="vit_data_03"),
-            "loss of CKA with a full-data ViT, trained on 3 %, last third of blocks minus first,",
-            0.0,
-            ("vit_data_03", "vit", "vit_other_seed"),
-            other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
-        ),
-        Claim(
-            "E16-early-03",
-            "The early blocks of a ViT need very little data.",
-            "Fig. 12",
-            functools.partial(_early_deficit, fewer="vit_data_03"),
-            "loss of CKA with a full-data ViT, trained on 3 %, first third of blocks,",
-            0.1,
-            ("vit_data_03", "vit", "vit_other_seed"),
-            below=True,
-            other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
+        *(
+            claim
+            for percent, key, less, little in (
+                (10, "", "less", "little"),
+                (3, "-03", "very little", "very little"),
+            )
+            for claim in (
+                Claim(
+                    f"E16-late{key}",
+                    f"What {less} data costs a ViT, it costs in the later blocks.",
+                    "Fig. 12",
+                    functools.partial(_late_deficit, fewer=f"vit_data_{percent:02}"),
+                    f"loss of CKA with a full-data ViT, trained on {percent} %, last third of "
+                    "blocks minus first,",
+                    0.0,
+                    (f"vit_data_{percent:02}", "vit", "vit_other_seed"),
+                    other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
+                ),
+                Claim(
+                    f"E16-early{key}",
+                    f"The early blocks of a ViT need {little} data.",
+                    "Fig. 12",
+                    functools.partial(_early_deficit, fewer=f"vit_data_{percent:02}"),
+                    f"loss of CKA with a full-data ViT, trained on {percent} %, first third of "
+                    "blocks,",
+                    0.1,
+                    (f"vit_data_{percent:02}", "vit", "vit_other_seed"),
+                    below=True,
+                    other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
+                ),
+            )
         ),
         Claim(
             "E17-middle",

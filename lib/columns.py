@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
+from lib.claims import CLAIMS, badge
+from lib.scoreboard import Finding, collect
 
 PAGES = ROOT / "book" / "photographs"
 TOC = ROOT / "book" / "_toc.yml"
@@ -47,19 +49,17 @@ def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC, cards=CARDS)
         The pages, in the order of the book.
     """
     pages = Path(pages)
-    studies = {
-        folder.name: {path.stem: path for path in folder.glob("*.ipynb") if _is_chapter(path)}
-        for folder in sorted(Path(records).iterdir())
-        if folder.is_dir()
-    }
+    folders = {folder.name: folder for folder in sorted(Path(records).iterdir()) if folder.is_dir()}
+    found = {study: collect(folder) for study, folder in {"lab": Path(lab), **folders}.items()}
     pages.mkdir(parents=True, exist_ok=True)
     for old in filter(_is_chapter, pages.iterdir()):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     written = []
     for path in sorted(Path(lab).glob("*.ipynb")):
-        others = {study: found[path.stem] for study, found in studies.items() if path.stem in found}
+        others = {study: folder / path.name for study, folder in folders.items()}
+        others = {study: other for study, other in others.items() if other.exists()}
         if others:
-            written.append(_write_page(path, others, pages))
+            written.append(_write_page(path, others, found, pages))
     (pages / NETWORKS).write_text(_networks(Path(cards)), encoding="utf-8")
     _list(written, Path(toc), pages.name)
     return written
@@ -69,7 +69,7 @@ def _is_chapter(path: Path) -> bool:
     return bool(CHAPTER.fullmatch(path.stem))
 
 
-def _write_page(lab: Path, others: dict[str, Path], pages: Path) -> Path:
+def _write_page(lab: Path, others: dict[str, Path], found: dict, pages: Path) -> Path:
     """The page of one chapter, with its pictures in a folder of the chapter's name."""
     notebooks = {"lab": _read(lab)} | {study: _read(path) for study, path in others.items()}
     cells = {
@@ -88,7 +88,7 @@ def _write_page(lab: Path, others: dict[str, Path], pages: Path) -> Path:
                 text += [f"## {heading}", ""]
                 shown = heading
             alt = cell["metadata"]["mystnb"].get("image", {}).get("alt", "")
-            pngs = {study: _picture(found.get(cell["id"])) for study, found in cells.items()}
+            pngs = {study: _picture(own.get(cell["id"])) for study, own in cells.items()}
             across = 2 if max(map(_width, filter(None, pngs.values())), default=0) <= WIDEST else 1
             text += [f":::::{{grid}} 1 1 {across} {across}", ":gutter: 2", ""]
             for study, png in pngs.items():
@@ -107,7 +107,7 @@ def _write_page(lab: Path, others: dict[str, Path], pages: Path) -> Path:
                 text += ["::::", ""]
             text += [":::::", "", f"{{numref}}`{figure['name']}`: {figure['caption']}", ""]
 
-    verdicts = _verdicts(notebooks)
+    verdicts = _verdicts({study: found[study] for study in notebooks}, lab.stem)
     if verdicts:
         text += ["## Claims and verdicts", "", verdicts, ""]
     text += ["## Where the numbers come from", ""]
@@ -176,39 +176,34 @@ def _small(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _verdicts(notebooks: dict[str, dict]) -> str:
-    """One table of the notebooks' claims: what is claimed, then each study's verdict."""
-    sentences, columns = {}, {study: {} for study in notebooks}
-    for study, notebook in notebooks.items():
-        for row in _claims(notebook):
-            claim, measured, *_, verdict = row
-            key = re.search(r"<b>(.*?)</b>", claim)[1]
-            sentences.setdefault(key, claim)
-            columns[study][key] = f"{verdict}<br>{measured}"
-    if not sentences:
+def _verdicts(found: dict[str, dict[str, Finding]], chapter: str) -> str:
+    """One table of a chapter's claims: what is claimed, then each study's verdict."""
+    judged = {
+        study: {key: each.judgement for key, each in own.items() if each.chapter == chapter}
+        for study, own in found.items()
+    }
+    keys = [key for key in CLAIMS if any(key in own for own in judged.values())]
+    if not keys:
         return ""
-    head = "".join(f"<th>{_name(study)}</th>" for study in columns)
+
+    def cell(judgement):
+        if judgement is None:
+            return "not measured"
+        said = [badge(judgement.verdict), judgement.why, str(judgement.trained)]
+        return "<br>".join(filter(None, said))
+
+    head = "".join(f"<th>{_name(study)}</th>" for study in judged)
     rows = "".join(
-        f"<tr><td>{claim}</td>"
-        + "".join(f"<td>{column.get(key, 'not measured')}</td>" for column in columns.values())
+        f"<tr><td><b>{key}</b> {CLAIMS[key].wording}</td>"
+        + "".join(f"<td>{cell(own.get(key))}</td>" for own in judged.values())
         + "</tr>\n"
-        for key, claim in sentences.items()
+        for key in keys
     )
     return (
         '<div class="cell_output"><div class="output">\n<table class="dataframe claims">\n'
         f"<thead><tr><th>claim</th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>\n"
         "</div></div>"
     )
-
-
-def _claims(notebook: dict) -> Iterator[list[str]]:
-    """The rows of a notebook's tables of claims, as :func:`lib.claims.table` writes them."""
-    for cell in notebook["cells"]:
-        for html in _data(cell, "text/html"):
-            if 'class="dataframe claims"' in html:
-                for row in re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL):
-                    if found := re.findall(r"<td>(.*?)</td>", row, re.DOTALL):
-                        yield found
 
 
 def _provenance(notebook: dict) -> str:

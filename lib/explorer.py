@@ -101,16 +101,9 @@ def _hundredths(values: np.ndarray) -> np.ndarray:
 
 def parameters() -> dict:
     """What the chapter's parameters cell sets."""
-    text = (book.CHAPTERS / f"{CHAPTER}.ipynb").read_text(encoding="utf-8")
-    (cell,) = (
-        "".join(cell["source"])
-        for cell in json.loads(text)["cells"]
-        if "parameters" in cell["metadata"].get("tags", [])
-    )
-    return {
-        statement.targets[0].id: ast.literal_eval(statement.value)
-        for statement in ast.parse(cell).body
-    }
+    chapter = book.CHAPTERS / f"{CHAPTER}.ipynb"
+    values = book.parameters_of(chapter)
+    return {name: ast.literal_eval(value) for name, value in values.items()}
 
 
 def measured() -> xr.Dataset:

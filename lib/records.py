@@ -21,7 +21,6 @@ import torch
 import xarray as xr
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMITTED = ROOT / "book" / "records"
 
 # Whoever changes these modules changes no measured number.
 _INERT = {"__main__", "book", "claims", "columns", "explorer", "plots", "scoreboard", "training"}

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from lib.book import BOOK_CHAPTERS, ROOT
+from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
 from lib.claims import (
     ALREADY_TRUE,
     CARRIED,
@@ -29,10 +29,9 @@ from lib.claims import (
     badge,
     from_plain,
 )
-from lib.records import COMMITTED
 
 PAGE = ROOT / "book" / "_generated" / "scoreboard.md"
-STUDIES = ("lab", "tiny-imagenet", "imagenet")
+STUDIES = ("lab", "tiny-imagenet-small", "tiny-imagenet", "imagenet")  # measured or not
 MISSING = "not measured here"
 PARTS = {  # of a judgement, as columns
     "verdict": "verdict",
@@ -192,9 +191,7 @@ def _table(studies) -> str:
 
 
 def _row(place: int, claim: Claim, studies) -> str:
-    side = f"{'&lt;' if claim.below else '&gt;'} {claim.threshold:g}"
-    says = f"{html.escape(claim.sentence)} ({html.escape(claim.source)})"
-    says += f"<br><small>Holds if: {html.escape(claim.meaning)} {side}</small>"
+    says = claim.wording
     at = next((found[claim.key] for found in studies.values() if claim.key in found), None)
     if at:
         says += f'<br><small><a href="{at.link}">{html.escape(at.title)}</a></small>'
@@ -234,8 +231,10 @@ def _cell(content: str, sort=None, css: str = "") -> str:
 
 
 def folders() -> dict[str, Path]:
-    """Where the executed chapters of every study are."""
-    return {study: BOOK_CHAPTERS if study == "lab" else COMMITTED / study for study in STUDIES}
+    """Where the executed chapters of studies are: of all that are named, and all that were run."""
+    measured = sorted(path.name for path in RECORDS.iterdir() if path.is_dir())
+    studies = dict.fromkeys([*STUDIES, *measured])
+    return {study: BOOK_CHAPTERS if study == "lab" else RECORDS / study for study in studies}
 
 
 def write() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 INPUT = ":input"
-MOST_OTHERS = 8  # class and register tokens in front of the patch tokens
+MOST_PREFIX_TOKENS = 8  # class and register tokens
 
 
 class TapError(RuntimeError):
@@ -180,10 +180,10 @@ def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
     if value.dim() == 3:
         side = math.isqrt(shape[1])
         first = shape[1] - side * side
-        if first > MOST_OTHERS:
+        if first > MOST_PREFIX_TOKENS:
             raise ValueError(
                 f"{shape[1]} tokens are no square grid: {side} x {side} would leave {first} over, "
-                f"and there are seldom more than {MOST_OTHERS} class and register tokens"
+                f"and there are seldom more than {MOST_PREFIX_TOKENS} class and register tokens"
             )
         return value[:, first:], value[:, :first]
     if value.dim() == 4 and shape[2] == shape[3]:

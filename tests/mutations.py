@@ -132,13 +132,7 @@ def main(argv=None) -> int:
         return 0
     survivors = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        copy = Path(folder)
-        for part in PARTS:
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, copy / part)
+        copy = copy_to(Path(folder))
         for fault in chosen:
             began = time.monotonic()
             caught = by_whom(fault, copy, args.own)
@@ -148,6 +142,17 @@ def main(argv=None) -> int:
             print(f"{fault.module:16} {fault.what:40} {verdict} ({seconds:.0f} s)", flush=True)
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults are caught")
     return int(bool(survivors))
+
+
+def copy_to(folder: Path) -> Path:
+    """A copy of the repository, as far as its tests need it."""
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / part)
+    return folder
 
 
 def by_whom(fault: Fault, copy: Path, own_only: bool) -> str:
@@ -179,7 +184,8 @@ def put(fault: Fault, text: str) -> str:
     return text.replace(fault.right, fault.wrong)
 
 
-def first_failure(copy: Path, tests: list[Path]) -> str:
+def first_failure(copy: Path, tests: list) -> str:
+    """The first of some tests, or of what else pytest is given, that fails in a copy, or nothing."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     environment = {
         **os.environ,
@@ -195,7 +201,7 @@ def first_failure(copy: Path, tests: list[Path]) -> str:
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if not lines:
         raise SystemExit(f"pytest did not run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return lines[0].split()[1].rpartition("/")[2]
+    return lines[0].split(maxsplit=1)[1].partition(" - ")[0].rpartition("/")[2]
 
 
 if __name__ == "__main__":

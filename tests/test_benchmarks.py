@@ -8,14 +8,14 @@ import timm
 import torch
 
 from benchmarks import book, public, shared
-from lib.records import COMMITTED
+from lib.book import RECORDS
 
-RECORDS = ("cost-cka", "cost-book", "cost-attention", "cost-public")
+NAMES = ("cost-cka", "cost-book", "cost-attention", "cost-public")
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_records_say_where_they_come_from_and_name_no_machine(name):
-    text = (COMMITTED / f"{name}.json").read_text()
+    text = (RECORDS / f"{name}.json").read_text()
     record = json.loads(text)
     fields = {"what", "batch", "repeats", "threads", "processor", "versions", "date", "rows"}
     assert fields <= set(record)
@@ -35,7 +35,7 @@ def test_all_measurements_ride_on_one_pass_and_their_shares_add_up():
 
 
 def test_the_record_of_the_book_has_a_share_for_every_measurement():
-    record = json.loads((COMMITTED / "cost-book.json").read_text())
+    record = json.loads((RECORDS / "cost-book.json").read_text())
     study = book.Drawn(1)
     names = [row["name"] for row in record["rows"]]
     assert names == ["passes with taps", *book.measurements(study)]
@@ -61,7 +61,7 @@ def test_counts_of_a_network_that_can_be_counted_by_hand():
 
 
 def test_the_public_record_has_every_network_of_the_studies_with_both_lists():
-    rows = json.loads((COMMITTED / "cost-public.json").read_text())
+    rows = json.loads((RECORDS / "cost-public.json").read_text())
     found = [(row["model"], row["taps"]) for row in rows["rows"]]
     assert found == [(model, taps) for model in public.models() for taps in public.TAPS]
     for row in rows["rows"]:

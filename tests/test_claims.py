@@ -614,22 +614,14 @@ WORLDS = {
     "E21-diagonal": (diagonal(1), diagonal(-1)),
     "E22-blocks": (two_parts("mixer"), two_parts("vit")),
     "E22-kinship": (kin("mixer", "vit"), kin("mixer", "resnet")),
-    "E16-late": (
-        pair("vit_data_10", lambda x: 0.9 - 0.6 * x),
-        pair("vit_data_10", lambda x: 0.3 + 0.6 * x),
-    ),
-    "E16-early": (
-        pair("vit_data_10", lambda x: 0.99 if x < 0.5 else 0.2),
-        pair("vit_data_10", lambda x: 0.99 if x > 0.5 else 0.8),
-    ),
-    "E16-late-03": (
-        pair("vit_data_03", lambda x: 0.9 - 0.6 * x),
-        pair("vit_data_03", lambda x: 0.3 + 0.6 * x),
-    ),
-    "E16-early-03": (
-        pair("vit_data_03", lambda x: 0.99 if x < 0.5 else 0.2),
-        pair("vit_data_03", lambda x: 0.99 if x > 0.5 else 0.8),
-    ),
+    **{
+        f"E16-{where}{key}": (pair(role, true), pair(role, false))
+        for key, role in {"": "vit_data_10", "-03": "vit_data_03"}.items()
+        for where, true, false in (
+            ("late", lambda x: 0.9 - 0.6 * x, lambda x: 0.3 + 0.6 * x),
+            ("early", lambda x: 0.99 if x < 0.5 else 0.2, lambda x: 0.99 if x > 0.5 else 0.8),
+        )
+    },
     "E19-early": (
         pair("vit_tuned_colour", lambda x: 0.98 if x < 0.5 else 0.2),
         pair("vit_tuned_colour", lambda x: 0.98 if x != 0 else 0.9),

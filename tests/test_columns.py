@@ -56,8 +56,10 @@ def figure(number, picture):
 def judged(value, key="E01-uniform"):
     claim = claims.CLAIMS[key]
     estimate = claims.Estimate(value, value - 0.1, value + 0.1)
-    html = claims.table([claims.decide(claim, estimate, None, None)]).data
-    return new_code_cell("claims.table(judgements)", outputs=[shown(text_html=html)])
+    table = claims.table([claims.decide(claim, estimate, None, None)])
+    data, metadata = table._repr_mimebundle_()
+    output = new_output("execute_result", data, metadata=metadata)
+    return new_code_cell("claims.table(judgements)", outputs=[output])
 
 
 def chapter(path, pictures, *tables, code="draw = print", facts="8"):
@@ -249,7 +251,7 @@ def workshop(tmp_path, monkeypatch):
         nbformat.write(notebook, tmp_path / "chapters" / f"{name}.ipynb")
     monkeypatch.setattr(book, "CHAPTERS", tmp_path / "chapters")
     monkeypatch.setattr(book, "RECORDS", tmp_path / "records")
-    monkeypatch.setattr(columns, "write", lambda: [])
+    monkeypatch.setattr(book, "write_pages", lambda: print("pages are made"))
     return tmp_path
 
 
@@ -257,8 +259,9 @@ def workshop(tmp_path, monkeypatch):
     ("more", "printed"),
     [([], "tiny-imagenet-small 4800 5\n"), (["-p", "shots", "3"], "tiny-imagenet-small 4800 3\n")],
 )
-def test_chapters_that_measure_are_executed_on_a_study(workshop, more, printed):
+def test_chapters_that_measure_are_executed_on_a_study(workshop, more, printed, capsys):
     assert main(["execute", "--study", "tiny-imagenet-small", *more]) == 0
+    assert capsys.readouterr().out.endswith("pages are made\n")
     (path,) = (workshop / "records").rglob("*.ipynb")
     assert path == workshop / "records" / "tiny-imagenet-small" / "05-all.ipynb"
     assert nbformat.read(path, as_version=4).cells[-1].outputs[0].text == printed
@@ -281,7 +284,7 @@ def test_the_books_own_pages_are_those_of_its_notebooks(tmp_path):
     toc.write_bytes(columns.TOC.read_bytes())
     pages = tmp_path / columns.PAGES.name
     written = columns.write(pages=pages, toc=toc)
-    again = "run `python -m lib columns`"
+    again = "run `python -m lib pages`"
     assert toc.read_bytes() == columns.TOC.read_bytes(), again
     assert everything(pages) == everything(columns.PAGES), again
     for page in written:

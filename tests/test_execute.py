@@ -231,7 +231,7 @@ def test_help_imports_no_command(capsys):
     assert stop.value.code == 0
     assert time.perf_counter() - start < 1
     text = capsys.readouterr().out
-    for command in ("execute", "measure", "studies", "train", "scoreboard", "explorer"):
+    for command in ("execute", "measure", "studies", "train", "pages"):
         assert command in text
 
 

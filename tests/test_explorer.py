@@ -10,7 +10,8 @@ import pytest
 import xarray as xr
 import yaml
 
-from lib import explorer
+from lib import book, explorer
+from lib.__main__ import main
 from lib.records import ROOT, save
 from lib.studies import load_study
 
@@ -114,7 +115,8 @@ def test_a_records_file_is_written_beside_the_others(record, tmp_path, monkeypat
     monkeypatch.setattr(explorer, "SCRIPTS", tmp_path)
     record.attrs["study"] = "mine"
     save(record, tmp_path / "mine.nc")
-    explorer.write(tmp_path / "mine.nc")
+    monkeypatch.setattr(book, "write_pages", lambda: pytest.fail("only the explorer was asked for"))
+    assert main(["pages", "--record", str(tmp_path / "mine.nc")]) == 0
     first = (tmp_path / "explorer-mine.js").read_bytes()
     explorer.write(tmp_path / "mine.nc")
     assert (tmp_path / "explorer-mine.js").read_bytes() == first

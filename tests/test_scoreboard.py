@@ -172,10 +172,28 @@ def test_what_cannot_be_right_is_refused(tmp_path):
         scoreboard.collect(tmp_path)
 
 
+def test_a_study_that_was_run_gets_its_column_whatever_its_name(tmp_path, monkeypatch):
+    chapter(tmp_path / "mine", "02-finding", [decide(CLAIMS["E01-uniform"], ABOVE, None, None)])
+    monkeypatch.setattr(scoreboard, "RECORDS", tmp_path)
+    folders = scoreboard.folders()
+    assert list(folders) == [*scoreboard.STUDIES, "mine"]
+    assert folders["mine"] == tmp_path / "mine"
+    monkeypatch.setattr(scoreboard, "PAGE", tmp_path / "made" / "page.md")
+    scoreboard.write()
+    table = BeautifulSoup(scoreboard.PAGE.read_text(), "html.parser").find("table")
+    heads = [head.text for head in table.find("tr").find_all("th")]
+    assert heads == ["claim", "what it says", *folders]
+
+
+def test_claims_are_worded_without_marks_of_html():
+    for claim in CLAIMS.values():
+        assert not re.search("[<>&]", claim.sentence + claim.source + claim.meaning)
+
+
 def test_the_committed_page_is_what_the_committed_chapters_say():
     studies = {study: scoreboard.collect(path) for study, path in scoreboard.folders().items()}
     assert scoreboard.PAGE.read_text(encoding="utf-8") == scoreboard.page(studies), (
-        "run `python -m lib scoreboard`"
+        "run `python -m lib pages`"
     )
 
 
