@@ -357,14 +357,16 @@ def _execute_study(name: str, names, parameters: dict) -> None:
     study = load_study(name)
     if study.name == "lab":
         raise ValueError("the lab is what `execute` measures without --study")
-    own = getattr(study, "chapter_parameters", {})
+    of_probes = getattr(study, "probe_parameters", {})
     needed = {"study", "n_images", *parameters}
     known = _choose(names, chapters(CHAPTERS))
-    chosen = [stem for stem, path in known.items() if needed <= set(parameters_of(path))]
+    chosen = {
+        stem: has for stem, path in known.items() if needed <= (has := parameters_of(path).keys())
+    }
     if not chosen:
         raise ValueError(f"none of {_listed(known)} has the parameters {_listed(sorted(needed))}")
-    for stem in chosen:
-        values = {"study": name} | own.get(stem.split("-")[0], {}) | parameters
+    for stem, has in chosen.items():
+        values = {"study": name} | (of_probes if of_probes.keys() <= has else {}) | parameters
         start = time.perf_counter()
         (path,) = execute(stem, values, RECORDS / study.name, CHAPTERS)
         print(f"{_short(path)} in {time.perf_counter() - start:.0f} s", flush=True)

@@ -258,9 +258,7 @@ class TinyImagenet(Trained):
     )
     of_each_class, trained_on = 500, 480
     # Of 200 classes, probes need more images than of 16.
-    chapter_parameters: ClassVar = {
-        chapter: {"n_images": 8000, "shots": 10} for chapter in ("05", "06")
-    }
+    probe_parameters: ClassVar = {"n_images": 8000, "shots": 10}
     recipe = CroppingRecipe(
         images=9_600_000, distinct=96_000, batch_size=480, warmup_steps=1000, pad=8, area=0.35
     )
@@ -349,9 +347,7 @@ class TinyImagenetSmall(TinyImagenet):
     name = "tiny-imagenet-small"
     size = dataclasses.replace(models.LAB, classes=200)
     of_each_class, trained_on = 125, 120
-    chapter_parameters: ClassVar = {
-        chapter: {"n_images": 4800, "shots": 5} for chapter in ("05", "06")
-    }
+    probe_parameters: ClassVar = {"n_images": 4800, "shots": 5}
     recipe = CroppingRecipe(images=480_000, distinct=24_000, batch_size=48, area=0.5)
 
     @functools.cached_property

@@ -516,6 +516,14 @@ def test_one_group_has_no_interval():
     assert np.isnan(between(record, what="high"))
 
 
+def test_alignment_is_undefined_where_a_layer_has_no_positive_hsic_with_itself():
+    hsic = np.array([[-1.0, 0.5, 0.0], [0.5, 4.0, 3.0], [0.0, 3.0, 9.0]])
+    nan = np.nan
+    np.testing.assert_array_equal(
+        alignment(hsic), [[nan, nan, nan], [nan, 1.0, 0.5], [nan, 0.5, 1.0]]
+    )
+
+
 def test_a_layer_with_itself_is_one_without_doubt():
     record = measured(stream())
     assert between(record, "x", "x", "low") == pytest.approx(1, abs=1e-12)

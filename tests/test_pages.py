@@ -17,6 +17,26 @@ PAGES = {
 }
 
 
+def test_the_studies_of_photographs_are_as_the_page_says():
+    text = (ROOT / "book" / "photographs.md").read_text(encoding="utf-8")
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
+    table = {row[0]: row[1:] for row in rows if len(row) == 3}
+    for place, name in enumerate(("tiny-imagenet-small", "tiny-imagenet")):
+        study = load_study(name)
+        recipe, apart = study.recipe, study.of_each_class - study.trained_on
+        said = {what: columns[place] for what, columns in table.items()}
+        assert said["trained on"] == f"{study.trained_on} of each class, {recipe.distinct:,}"
+        assert recipe.distinct == study.trained_on * study.size.classes
+        assert said["for the curves"] == f"{apart} of each class"
+        seen, rest = divmod(recipe.images, recipe.distinct)
+        assert (said["each network sees"], rest) == (f"each photograph {seen} times", 0)
+        patch = study.size.image // 8
+        assert said["patches"] == f"8 × 8, of {patch} pixels"
+    small, large = (load_study(name) for name in ("tiny-imagenet-small", "tiny-imagenet"))
+    assert small.size.width == load_study("lab").size.width
+    assert f"ViT of {large.size.depth} blocks, width {large.size.width};" in text
+
+
 def blocks(page):
     return re.findall(r"```(python|bash|toml)\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
