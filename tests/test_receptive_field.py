@@ -127,6 +127,13 @@ def test_channels_do_not_cancel():
     assert field.sum() == pytest.approx(2 * float(weight[0].abs().sum()) / 3, rel=1e-5)
 
 
+def test_images_take_turns_with_channels():
+    """As many images as channels, one draw each: together they have asked every channel once."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 1, bias=False)))
+    field, _ = field_of(receptive_field(model, draw(4, 3, 5, 5), ["0"], channels=1), "0")
+    assert field.sum() == pytest.approx(float(model[0].weight.detach().abs().sum()) / 3, rel=1e-5)
+
+
 def test_the_four_central_cells_of_an_even_grid_take_turns():
     record = receptive_field(nn.Sequential(nn.Conv2d(3, 1, 1)), draw(4, 3, 6, 6), ["0"], channels=1)
     field, centre = field_of(record, "0")

@@ -211,6 +211,25 @@ def test_no_page_has_an_error_and_all_comes_from_the_site(reading, browser, serv
     assert not wrong
 
 
+def test_on_paper_nothing_scrolls_and_no_switch_is_left(reading, browser):
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    wrong = []
+    try:
+        for name in reading():
+            wrong += browser.execute_script(
+                """const shown = found => found.getClientRects().length > 0;
+                const all = selector => [...document.querySelectorAll('.bd-article ' + selector)];
+                return [
+                    ...all('details.hide:not([open])').filter(shown),
+                    ...all('pre').filter(found => getComputedStyle(found).overflowX !== 'visible'),
+                ].map(found => `${arguments[0]}: ${found.outerHTML.slice(0, 80)}`)""",
+                name,
+            )
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    assert not wrong
+
+
 def test_every_picture_is_drawn_in_its_true_colours(reading, browser, server):
     browser.get(f"{server}/index.html")
     for theme in ("light", "dark"):
