@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
@@ -51,6 +51,23 @@ KINDS = {
     "against": ("comes", "come", "out against the sentence, in every seed there is"),
     "unmeasurable": ("could", "could", "not be measured"),
     "missing": ("has", "have", "not been measured"),
+}
+HOLDS = {"learned", "holds", "before"}
+# Likewise, of what several studies say of one claim.
+TOGETHER = {
+    "before": (
+        "holds",
+        "hold",
+        "in each of them already before training: a matter of architecture, not of images",
+    ),
+    "holds": ("holds", "hold", "in each of them, and in one at least not before training"),
+    "against": ("comes", "come", "out against the sentence in each of them, whatever the images"),
+    "differs": (
+        "holds in one and comes",
+        "hold in one and come",
+        "out against the sentence in another: a matter of images, or of what was learned of them",
+    ),
+    "open": ("is", "are", "not decided in all of them"),
 }
 
 
@@ -122,23 +139,53 @@ def page(studies: Mapping[str, Mapping[str, Finding]]) -> str:
     studies : mapping
         For every study what :func:`collect` found, nothing if it was never measured.
     """
-    summaries = [_summary(study, found) for study, found in studies.items() if found]
-    return "\n\n".join([*summaries, _table(studies)]) + "\n"
+    measured = {study: found for study, found in studies.items() if found}
+    parts = [_summary(study, found) for study, found in measured.items()]
+    if len(measured) > 1:
+        parts.append(_comparison(measured))
+    return "\n\n".join([*parts, _table(studies)]) + "\n"
 
 
 def _summary(study, found) -> str:
     by_kind = {name: [] for name in KINDS}
     for key in CLAIMS:
         by_kind[kind(found[key].judgement if key in found else None)].append(key)
-    lines = [f"What the study `{study}` says of the {len(CLAIMS)} claims:", ""]
+    reasons = {
+        key: f" ({html.escape(found[key].judgement.why)})" for key in by_kind["unmeasurable"]
+    }
+    return _counts(
+        f"What the study `{study}` says of the {len(CLAIMS)} claims:", KINDS, by_kind, reasons
+    )
+
+
+def together(kinds: Iterable[str]) -> str:
+    """Which of :data:`TOGETHER` a claim is, from its kinds in several studies."""
+    kinds = set(kinds)
+    if kinds <= HOLDS:
+        return "before" if kinds == {"before"} else "holds"
+    if kinds == {"against"}:
+        return "against"
+    return "differs" if kinds <= HOLDS | {"against"} else "open"
+
+
+def _comparison(measured) -> str:
+    by_kind = {name: [] for name in TOGETHER}
+    for key in CLAIMS:
+        judged = [found[key].judgement for found in measured.values() if key in found]
+        if len(judged) == len(measured):
+            by_kind[together(map(kind, judged))].append(key)
+    names = ", ".join(f"`{study}`" for study in measured)
+    both = sum(map(len, by_kind.values()))
+    return _counts(f"Of the {both} claims that {names} all speak of:", TOGETHER, by_kind)
+
+
+def _counts(begin: str, said: dict, by_kind: dict[str, list[str]], reasons=None) -> str:
+    """A list of how many claims are of which kind, and which."""
+    lines = [begin, ""]
     for name, keys in by_kind.items():
         if keys:
-            one, several, rest = KINDS[name]
-            links = (
-                _anchor(CLAIMS[key])
-                + (f" ({html.escape(found[key].judgement.why)})" if name == "unmeasurable" else "")
-                for key in keys
-            )
+            one, several, rest = said[name]
+            links = (_anchor(CLAIMS[key]) + (reasons or {}).get(key, "") for key in keys)
             verb = several if len(keys) > 1 else one
             lines.append(f"- **{len(keys)}** {verb} {rest}: {', '.join(links)}.")
     return "\n".join(lines)

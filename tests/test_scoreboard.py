@@ -147,6 +147,43 @@ def test_the_summary_counts_and_names(tmp_path, estimates, kind):
     assert re.findall(r">([\w-]+)</a>", line) == ["E01-uniform"]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "kind"),
+    [
+        (("before", "before"), "before"),
+        (("before", "learned"), "holds"),
+        (("holds", "holds"), "holds"),
+        (("against", "against"), "against"),
+        (("against", "before"), "differs"),
+        (("learned", "open"), "open"),
+        (("against", "seeds"), "open"),
+        (("unmeasurable", "before"), "open"),
+    ],
+)
+def test_studies_are_compared_claim_by_claim(tmp_path, kinds, kind):
+    estimates = {
+        "learned": (ABOVE, ABOVE, BELOW),
+        "holds": (ABOVE, ABOVE, None),
+        "before": (ABOVE, ABOVE, ABOVE),
+        "against": (BELOW, BELOW, BELOW),
+        "open": (ACROSS, ABOVE, ABOVE),
+        "seeds": (ABOVE, BELOW, ABOVE),
+        "unmeasurable": (UNKNOWN, None, None),
+    }
+    studies = {}
+    for study, found in zip(("lab", "mine"), kinds, strict=True):
+        judgements = [decide(CLAIMS["E01-uniform"], *estimates[found])]
+        # Claims of which only one study speaks cannot be compared.
+        judgements += [decide(CLAIMS["E01-grid"], ABOVE, ABOVE, None)] * (study == "lab")
+        chapter(tmp_path / study, "02-finding", judgements)
+        studies[study] = scoreboard.collect(tmp_path / study)
+    _, begin, rest = scoreboard.page(studies).partition("Of the 1 claims that `lab`, `mine` all")
+    one, _, says = scoreboard.TOGETHER[kind]
+    assert begin
+    lines = [line for line in rest.splitlines() if line.startswith("- ")]
+    assert [re.sub("<.*?>", "", line) for line in lines] == [f"- **1** {one} {says}: E01-uniform."]
+
+
 def test_columns_are_numbered_as_cells_are(tmp_path):
     chapter(tmp_path, "02-finding", [decide(CLAIMS["E01-uniform"], ABOVE, ABOVE, BELOW)])
     text = scoreboard.page({"lab": scoreboard.collect(tmp_path), "imagenet": {}})
