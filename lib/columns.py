@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
 from lib.claims import CLAIMS, badge
-from lib.scoreboard import Finding, collect
+from lib.scoreboard import Finding, collect, kind, together
 
 PAGES = ROOT / "book" / "photographs"
 TOC = ROOT / "book" / "_toc.yml"
@@ -24,6 +24,13 @@ NETWORKS = "networks.txt"  # what the page on the studies includes
 LARGEST = 120_000  # bytes of a picture
 WIDEST = 700  # pixels of a picture that can still be read in half of a page's width
 CHAPTER = re.compile(r"\d\d-.*")
+TAKEN_TOGETHER = {  # what the studies make of a claim that all of them judged
+    "before": "true of the architecture: before training, in each",
+    "holds": "holds in each",
+    "against": "comes out against the sentence in each",
+    "differs": "depends on the images",
+    "open": "not decided in each",
+}
 
 
 def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC, cards=CARDS) -> list[Path]:
@@ -192,11 +199,15 @@ def _verdicts(found: dict[str, dict[str, Finding]], chapter: str) -> str:
         said = [badge(judgement.verdict), judgement.why, str(judgement.trained)]
         return "<br>".join(filter(None, said))
 
-    head = "".join(f"<th>{_name(study)}</th>" for study in judged)
+    def taken_together(key):
+        found = [own[key] for own in judged.values() if key in own]
+        return TAKEN_TOGETHER[together(map(kind, found))] if len(found) == len(judged) else "–"
+
+    head = "".join(f"<th>{name}</th>" for name in [*map(_name, judged), "taken together"])
     rows = "".join(
         f"<tr><td><b>{key}</b> {CLAIMS[key].wording}</td>"
         + "".join(f"<td>{cell(own.get(key))}</td>" for own in judged.values())
-        + "</tr>\n"
+        + f"<td>{taken_together(key)}</td></tr>\n"
         for key in keys
     )
     return (

@@ -142,7 +142,9 @@ def test_verdicts_stand_side_by_side(write, tmp_path):
     chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [], judged(-0.5), other)
     text = write()[0].read_text()
     (head,) = re.findall(r"<thead>(.*?)</thead>", text)
-    assert re.findall(r"<th>(.*?)</th>", head) == ["claim", "The lab", "photos"]
+    assert re.findall(r"<th>(.*?)</th>", head) == [
+        "claim", "The lab", "photos", "taken together",
+    ]  # fmt: skip
     body = text.partition("<tbody>")[2]
     first, second = (re.findall("<td>(.*?)</td>", row) for row in body.splitlines()[1:3])
     assert "<b>E01-uniform</b>" in first[0]
@@ -150,9 +152,11 @@ def test_verdicts_stand_side_by_side(write, tmp_path):
     assert "0.500 [0.400, 0.600]" in first[1]
     assert '<span class="verdict-contradicted">contradicted</span>' in first[2]
     assert "-0.500 [-0.600, -0.400]" in first[2]
+    assert first[3] == "depends on the images"
     assert "<b>E01-stages</b>" in second[0]
     assert second[1] == "not measured"
     assert "supported" in second[2]
+    assert second[3] == "–"
 
 
 def test_where_numbers_come_from_and_code_that_has_changed(write, tmp_path):

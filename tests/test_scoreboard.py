@@ -8,7 +8,7 @@ import pytest
 from bs4 import BeautifulSoup
 from IPython.core.formatters import DisplayFormatter
 
-from lib import claims, scoreboard
+from lib import claims, columns, scoreboard
 from lib.claims import CLAIMS, Estimate, decide
 from lib.records import ROOT
 
@@ -220,6 +220,10 @@ def test_a_study_that_was_run_gets_its_column_whatever_its_name(tmp_path, monkey
     table = BeautifulSoup(scoreboard.PAGE.read_text(), "html.parser").find("table")
     heads = [head.text for head in table.find("tr").find_all("th")]
     assert heads == ["claim", "what it says", *folders]
+
+
+def test_whatever_studies_say_together_has_its_words():
+    assert set(columns.TAKEN_TOGETHER) == set(scoreboard.TOGETHER)
 
 
 def test_claims_are_worded_without_marks_of_html():
