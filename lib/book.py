@@ -9,6 +9,7 @@ The notebook packages are imported where they are used: help and errors need non
 """
 
 import ast
+import json
 import os
 import re
 import tempfile
@@ -370,6 +371,9 @@ def _execute_study(name: str, names, parameters: dict) -> None:
         start = time.perf_counter()
         (path,) = execute(stem, values, RECORDS / study.name, CHAPTERS)
         print(f"{_short(path)} in {time.perf_counter() - start:.0f} s", flush=True)
+    for role, card in study.cards.items():  # what was measured, where its weights are not kept
+        card_of_role = RECORDS / study.name / f"{role}.json"
+        card_of_role.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     write_pages()
 
 

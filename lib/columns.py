@@ -19,7 +19,6 @@ from lib.scoreboard import Finding, collect, kind, together
 
 PAGES = ROOT / "book" / "photographs"
 TOC = ROOT / "book" / "_toc.yml"
-CARDS = ROOT / "lib" / "checkpoints"
 NETWORKS = "networks.txt"  # what the page on the studies includes
 LARGEST = 120_000  # bytes of a picture
 WIDEST = 700  # pixels of a picture that can still be read in half of a page's width
@@ -33,7 +32,7 @@ TAKEN_TOGETHER = {  # what the studies make of a claim that all of them judged
 }
 
 
-def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC, cards=CARDS) -> list[Path]:
+def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC) -> list[Path]:
     """Write a page for every chapter that was run on another study, and list them in the toc.
 
     Parameters
@@ -41,14 +40,12 @@ def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC, cards=CARDS)
     lab : path
         The executed chapters of the lab.
     records : path
-        Holds a folder of executed chapters for each other study.
+        Holds a folder of executed chapters and model cards for each other study.
     pages : path
         Where pages and their pictures go, and what is known of the studies' networks. What earlier
         runs left there is replaced.
     toc : path
         The table of contents; the pages stand below the one that is called as their folder is.
-    cards : path
-        Holds a folder of model cards for each study that was trained.
 
     Returns
     -------
@@ -67,7 +64,7 @@ def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC, cards=CARDS)
         others = {study: other for study, other in others.items() if other.exists()}
         if others:
             written.append(_write_page(path, others, found, pages))
-    (pages / NETWORKS).write_text(_networks(Path(cards)), encoding="utf-8")
+    (pages / NETWORKS).write_text(_networks(folders), encoding="utf-8")
     _list(written, Path(toc), pages.name)
     return written
 
@@ -248,15 +245,15 @@ COLUMNS = (
 )
 
 
-def _networks(cards: Path) -> str:
+def _networks(folders: dict[str, Path]) -> str:
     """What the model cards of all studies but the lab say, as tables."""
     tables = []
-    for folder in sorted(path for path in cards.iterdir() if path.is_dir()):
+    for study, folder in folders.items():
         found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         if found:
             rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_card, found)]
             tables += [
-                f"`{folder.name}`, accuracy on {found[0]['test_images']:,} photographs of the "
+                f"`{study}`, accuracy on {found[0]['test_images']:,} photographs of the "
                 "validation set:",
                 "",
                 *(f"| {' | '.join(row)} |" for row in rows),

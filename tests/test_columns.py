@@ -14,6 +14,7 @@ from PIL import Image
 
 from lib import book, claims, columns
 from lib.__main__ import main
+from lib.studies import TinyImagenetSmall
 
 TOC = """\
 format: jb-book
@@ -88,13 +89,12 @@ def write(tmp_path):
     chapter(tmp_path / "chapters" / "02-toy.ipynb", [png(1), png(2)], judged(0.5))
     chapter(tmp_path / "chapters" / "03-other.ipynb", [png(3)])
     chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [png(4), None], judged(-0.5))
-    (tmp_path / "cards").mkdir()
     (tmp_path / "_toc.yml").write_text(TOC)
 
     def run():
         return columns.write(
             tmp_path / "chapters", tmp_path / "records", tmp_path / "photographs",
-            tmp_path / "_toc.yml", tmp_path / "cards",
+            tmp_path / "_toc.yml",
         )  # fmt: skip
 
     return run
@@ -220,7 +220,6 @@ def test_networks_are_those_of_the_cards(write, tmp_path):
     def networks():
         return (tmp_path / "photographs" / "networks.txt").read_text()
 
-    (tmp_path / "cards" / "photos").mkdir()
     write()
     assert networks().startswith("**Not measured here:**")
     card = {
@@ -228,7 +227,7 @@ def test_networks_are_those_of_the_cards(write, tmp_path):
         "accuracy": 0.1234, "accuracy_interval": [0.117, 0.13], "test_images": 10_000,
         "recipe": {"images": 480_000, "distinct": 24_000, "seed": 1},
     }  # fmt: skip
-    (tmp_path / "cards" / "photos" / "vit.json").write_text(json.dumps(card))
+    (tmp_path / "records" / "photos" / "vit.json").write_text(json.dumps(card))
     write()
     assert "`photos`, accuracy on 10,000 photographs" in networks()
     assert networks().splitlines()[-1] == (
@@ -256,6 +255,7 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(book, "CHAPTERS", tmp_path / "chapters")
     monkeypatch.setattr(book, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(book, "write_pages", lambda: print("pages are made"))
+    monkeypatch.setattr(TinyImagenetSmall, "cards", {"vit": {"role": "vit"}})
     return tmp_path
 
 
@@ -269,6 +269,7 @@ def test_chapters_that_measure_are_executed_on_a_study(workshop, more, printed, 
     (path,) = (workshop / "records").rglob("*.ipynb")
     assert path == workshop / "records" / "tiny-imagenet-small" / "05-all.ipynb"
     assert nbformat.read(path, as_version=4).cells[-1].outputs[0].text == printed
+    assert json.loads((path.parent / "vit.json").read_text()) == {"role": "vit"}
 
 
 def test_what_cannot_be_executed_on_a_study_is_one_sentence(workshop, capsys):
