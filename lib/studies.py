@@ -51,6 +51,7 @@ class Study:
 
     name: str
     roles: dict
+    cards: ClassVar[dict[str, dict]] = {}  # of networks that were trained here
 
     def __repr__(self) -> str:
         return f"Study {self.name!r} with the roles {', '.join(self.roles)}"
@@ -73,6 +74,14 @@ class Study:
                 f"`python -m lib studies` lists them, and each is also there as <role>{UNTRAINED}"
             )
         return self.roles[base]
+
+    def share(self, name: str) -> float:
+        """How much of all training images a role had, as its card says, or else its name."""
+        family, _, percent = name.partition("_data_")
+        if {family, name} <= self.cards.keys():
+            own, all_of_them = (self.cards[role]["recipe"]["distinct"] for role in (name, family))
+            return own / all_of_them
+        return int(percent) / 100 if percent else 1.0
 
 
 class Trained(Study):
@@ -394,8 +403,6 @@ class Public(Study):
     home : path
         Relative paths of folders and weights start here.
     """
-
-    cards: ClassVar[dict[str, dict]] = {}  # nobody has measured these networks here
 
     def __init__(self, name, roles, pictures, purpose="", home=None):
         self.name, self.roles, self.purpose = name, roles, purpose

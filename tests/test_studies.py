@@ -62,6 +62,20 @@ def test_what_can_be_measured_has_weights_or_needs_none(lab, monkeypatch):
     assert public.those("vit_other_seed", "resnet_untrained", "vit") == ["resnet_untrained", "vit"]
 
 
+def test_shares_are_of_what_the_family_had(lab, monkeypatch):
+    assert [lab.share(role) for role in ("vit", "vit_data_10", "resnet_data_03")] == [1, 0.1, 0.03]
+    small = load_study("tiny-imagenet-small")
+    recipes = {role: dataclasses.asdict(small.role(role).recipe) for role in small.roles}
+    cards = {role: {"recipe": recipe} for role, recipe in recipes.items()}
+    monkeypatch.setattr(type(small), "cards", cards)
+    assert small.share("vit_data_10") == 0.1
+    assert small.share("vit_other_seed") == 1
+    cards["vit_data_10"]["recipe"]["distinct"] = 1200  # the card knows better than the name
+    assert small.share("vit_data_10") == 0.05
+    monkeypatch.setattr(type(small), "cards", {})
+    assert (small.share("vit_data_10"), small.share("vit")) == (0.1, 1)
+
+
 def test_images_say_what_is_known_about_them():
     pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     assert (images.Images(pixels).labelled, images.Images(pixels).boxed) == (False, False)
