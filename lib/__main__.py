@@ -281,11 +281,11 @@ def _pages_arguments(parser):
 
 
 def _pages(args):
-    from lib import explorer
+    from lib import explorer, records
 
     if not args.record:
         book.write_pages()
-    explorer.write(args.record)
+    explorer.write(records.load(args.record) if args.record else explorer.measured())
 
 
 if __name__ == "__main__":

@@ -353,6 +353,7 @@ def main(args) -> None:
 
 def _execute_study(name: str, names, parameters: dict) -> None:
     """Run the chapters that measure on another study, and make the pages of what it shows."""
+    from lib import explorer
     from lib.studies import load_study
 
     study = load_study(name)
@@ -374,6 +375,8 @@ def _execute_study(name: str, names, parameters: dict) -> None:
     for role, card in study.cards.items():  # what was measured, where its weights are not kept
         card_of_role = RECORDS / study.name / f"{role}.json"
         card_of_role.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    if explorer.CHAPTER in chosen:
+        explorer.write(explorer.measured(name))
     write_pages()
 
 

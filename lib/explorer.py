@@ -13,7 +13,7 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 
-from lib import book, plots, records
+from lib import book, plots
 
 SCRIPTS = book.ROOT / "book" / "_scripts"
 CHAPTER = "02-representation-structure"
@@ -106,20 +106,19 @@ def parameters() -> dict:
     return {name: ast.literal_eval(value) for name, value in values.items()}
 
 
-def measured() -> xr.Dataset:
+def measured(study: str = "lab") -> xr.Dataset:
     """What the chapter on representation structure measures; from the cache once it has run."""
     from lib.cka import MinibatchCKA
     from lib.measure import measure
     from lib.studies import load_study
 
-    values = parameters()
-    study = load_study(values.pop("study"))
-    return measure(study, ROLES, [MinibatchCKA()], **values)
+    chosen = load_study(study)
+    values = parameters() | {"study": chosen}
+    return measure(roles=chosen.those(*ROLES), measurements=[MinibatchCKA()], **values)
 
 
-def write(path=None) -> None:
-    """Write the explorer's data: of a record's file, or of what the chapter measures."""
-    record = records.load(path) if path else measured()
+def write(record: xr.Dataset) -> None:
+    """Write the explorer's data of a record."""
     target = SCRIPTS / f"explorer-{record.attrs['study']}.js"
     text = script(record)
     target.write_text(text, encoding="utf-8")
