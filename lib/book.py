@@ -376,7 +376,7 @@ def _execute_study(name: str, names, parameters: dict) -> None:
         card_of_role = RECORDS / study.name / f"{role}.json"
         card_of_role.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     if explorer.CHAPTER in chosen:
-        explorer.write(explorer.measured(name))
+        explorer.write(explorer.measured(study=name, **parameters))
     write_pages()
 
 

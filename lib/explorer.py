@@ -106,15 +106,15 @@ def parameters() -> dict:
     return {name: ast.literal_eval(value) for name, value in values.items()}
 
 
-def measured(study: str = "lab") -> xr.Dataset:
-    """What the chapter on representation structure measures; from the cache once it has run."""
+def measured(**changes) -> xr.Dataset:
+    """What the chapter on representation structure measures; from the cache once it has run so."""
     from lib.cka import MinibatchCKA
     from lib.measure import measure
     from lib.studies import load_study
 
-    chosen = load_study(study)
-    values = parameters() | {"study": chosen}
-    return measure(roles=chosen.those(*ROLES), measurements=[MinibatchCKA()], **values)
+    values = parameters() | changes
+    study = load_study(values.pop("study"))
+    return measure(study, study.those(*ROLES), [MinibatchCKA()], **values)
 
 
 def write(record: xr.Dataset) -> None:

@@ -111,6 +111,19 @@ def test_roles_are_the_chapters():
     assert explorer.parameters()["study"] == "lab"
 
 
+def test_what_is_measured_follows_the_parameters_of_the_chapters_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr("lib.measure.measure", lambda *given, **named: calls.append((given, named)))
+    explorer.measured(study="tiny-imagenet-small", n_images=96)
+    ((study, roles, _), named) = calls[0]
+    assert study.name == "tiny-imagenet-small"
+    assert set(roles) <= set(explorer.ROLES) & {
+        *study.roles,
+        *(f"{r}_untrained" for r in study.roles),
+    }
+    assert named == {"n_images": 96, "batch_size": 64, "seed": 0, "device": "cpu"}
+
+
 def test_a_records_file_is_written_beside_the_others(record, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(explorer, "SCRIPTS", tmp_path)
     record.attrs["study"] = "mine"
