@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
 from lib.claims import CLAIMS, badge
-from lib.scoreboard import Finding, collect, kind, together
+from lib.scoreboard import Finding, collect, together
 
 PAGES = ROOT / "book" / "photographs"
 TOC = ROOT / "book" / "_toc.yml"
@@ -24,7 +24,7 @@ LARGEST = 120_000  # bytes of a picture
 WIDEST = 700  # pixels of a picture that can still be read in half of a page's width
 CHAPTER = re.compile(r"\d\d-.*")
 TAKEN_TOGETHER = {  # what the studies make of a claim that all of them judged
-    "before": "true of the architecture: before training, in each",
+    "before": "holds in each, already before training: a matter of architecture",
     "holds": "holds in each",
     "against": "comes out against the sentence in each",
     "differs": "depends on the images",
@@ -103,6 +103,7 @@ def _write_page(lab: Path, others: dict[str, Path], found: dict, pages: Path) ->
                     image.write_bytes(_small(png))
                     text += [
                         f":::{{image}} {lab.stem}/{image.name}",
+                        f":width: {_width(png)}px",
                         f":alt: {alt if study == 'lab' else f'The same figure of {study}.'}",
                         ":::",
                     ]
@@ -197,14 +198,14 @@ def _verdicts(found: dict[str, dict[str, Finding]], chapter: str) -> str:
         return "<br>".join(filter(None, said))
 
     def taken_together(key):
-        found = [own[key] for own in judged.values() if key in own]
-        return TAKEN_TOGETHER[together(map(kind, found))] if len(found) == len(judged) else "–"
+        verdict = together(own.get(key) for own in judged.values())
+        return f"<br><small>Taken together: {TAKEN_TOGETHER[verdict]}</small>" if verdict else ""
 
-    head = "".join(f"<th>{name}</th>" for name in [*map(_name, judged), "taken together"])
+    head = "".join(f"<th>{name}</th>" for name in map(_name, judged))
     rows = "".join(
-        f"<tr><td><b>{key}</b> {CLAIMS[key].wording}</td>"
+        f"<tr><td><b>{key}</b> {CLAIMS[key].wording}{taken_together(key)}</td>"
         + "".join(f"<td>{cell(own.get(key))}</td>" for own in judged.values())
-        + f"<td>{taken_together(key)}</td></tr>\n"
+        + "</tr>\n"
         for key in keys
     )
     return (

@@ -150,17 +150,17 @@ def _summary(study, found) -> str:
     by_kind = {name: [] for name in KINDS}
     for key in CLAIMS:
         by_kind[kind(found[key].judgement if key in found else None)].append(key)
-    reasons = {
-        key: f" ({html.escape(found[key].judgement.why)})" for key in by_kind["unmeasurable"]
-    }
+    reasons = {key: found[key].judgement.why for key in by_kind["unmeasurable"]}
     return _counts(
         f"What the study `{study}` says of the {len(CLAIMS)} claims:", KINDS, by_kind, reasons
     )
 
 
-def together(kinds: Iterable[str]) -> str:
-    """Which of :data:`TOGETHER` a claim is, from its kinds in several studies."""
-    kinds = set(kinds)
+def together(judgements: Iterable[Judgement | None]) -> str | None:
+    """Which of :data:`TOGETHER` a claim is, from several studies; None if not all measured it."""
+    kinds = set(map(kind, judgements))
+    if kinds & {"unmeasurable", "missing"}:
+        return None
     if kinds <= HOLDS:
         return "before" if kinds == {"before"} else "holds"
     if kinds == {"against"}:
@@ -171,23 +171,29 @@ def together(kinds: Iterable[str]) -> str:
 def _comparison(measured) -> str:
     by_kind = {name: [] for name in TOGETHER}
     for key in CLAIMS:
-        judged = [found[key].judgement for found in measured.values() if key in found]
-        if len(judged) == len(measured):
-            by_kind[together(map(kind, judged))].append(key)
-    names = ", ".join(f"`{study}`" for study in measured)
-    both = sum(map(len, by_kind.values()))
-    return _counts(f"Of the {both} claims that {names} all speak of:", TOGETHER, by_kind)
+        judged = (found[key].judgement if key in found else None for found in measured.values())
+        if verdict := together(judged):
+            by_kind[verdict].append(key)
+    names = " and ".join(f"`{study}`" for study in measured)
+    count = sum(map(len, by_kind.values()))
+    return _counts(f"Of the {count} claims that {names} have measured:", TOGETHER, by_kind)
 
 
 def _counts(begin: str, said: dict, by_kind: dict[str, list[str]], reasons=None) -> str:
-    """A list of how many claims are of which kind, and which."""
+    """A list of how many claims are of which kind, and which; those of one reason together."""
     lines = [begin, ""]
     for name, keys in by_kind.items():
         if keys:
             one, several, rest = said[name]
-            links = (_anchor(CLAIMS[key]) + (reasons or {}).get(key, "") for key in keys)
+            groups = {}
+            for key in keys:
+                groups.setdefault((reasons or {}).get(key, ""), []).append(_anchor(CLAIMS[key]))
+            links = "; ".join(
+                ", ".join(group) + (f" ({html.escape(why)})" if why else "")
+                for why, group in groups.items()
+            )
             verb = several if len(keys) > 1 else one
-            lines.append(f"- **{len(keys)}** {verb} {rest}: {', '.join(links)}.")
+            lines.append(f"- **{len(keys)}** {verb} {rest}: {links}.")
     return "\n".join(lines)
 
 

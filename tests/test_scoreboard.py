@@ -157,7 +157,7 @@ def test_the_summary_counts_and_names(tmp_path, estimates, kind):
         (("against", "before"), "differs"),
         (("learned", "open"), "open"),
         (("against", "seeds"), "open"),
-        (("unmeasurable", "before"), "open"),
+        (("unmeasurable", "before"), None),
     ],
 )
 def test_studies_are_compared_claim_by_claim(tmp_path, kinds, kind):
@@ -177,11 +177,24 @@ def test_studies_are_compared_claim_by_claim(tmp_path, kinds, kind):
         judgements += [decide(CLAIMS["E01-grid"], ABOVE, ABOVE, None)] * (study == "lab")
         chapter(tmp_path / study, "02-finding", judgements)
         studies[study] = scoreboard.collect(tmp_path / study)
-    _, begin, rest = scoreboard.page(studies).partition("Of the 1 claims that `lab`, `mine` all")
-    one, _, says = scoreboard.TOGETHER[kind]
+    said = " claims that `lab` and `mine` have measured:\n"
+    before, begin, rest = scoreboard.page(studies).partition(said)
     assert begin
-    lines = [line for line in rest.splitlines() if line.startswith("- ")]
-    assert [re.sub("<.*?>", "", line) for line in lines] == [f"- **1** {one} {says}: E01-uniform."]
+    assert before.endswith(f"Of the {int(kind is not None)}")
+    lines = [re.sub("<.*?>", "", line) for line in rest.splitlines() if line.startswith("- ")]
+    one, _, says = scoreboard.TOGETHER.get(kind, [""] * 3)
+    assert lines == ([f"- **1** {one} {says}: E01-uniform."] if kind else [])
+
+
+def test_claims_that_one_thing_is_missing_for_stand_together(tmp_path):
+    judgements = [
+        claims.unmeasurable(CLAIMS[key], why)
+        for key, why in {"E14-gap": "no ViT", "E01-grid": "no boxes", "E15-tie": "no ViT"}.items()
+    ]
+    chapter(tmp_path, "02-finding", judgements)
+    text = scoreboard.page({"lab": scoreboard.collect(tmp_path)})
+    line = re.sub("<.*?>", "", next(one for one in text.splitlines() if "not be measured" in one))
+    assert line == "- **3** could not be measured: E01-grid (no boxes); E14-gap, E15-tie (no ViT)."
 
 
 def test_columns_are_numbered_as_cells_are(tmp_path):
