@@ -1,11 +1,13 @@
 """What all of the book's measurements together cost over the plain forward passes.
 
-The lab's four networks, float32 on the CPU. All measurements ride on one pass, with the settings of
-the chapter that asks for most of each. The plain passes of the same networks over the same images
-are timed in turn with it, in this process: CPU time, so that other work on the machine hardly
-matters. Receptive fields take gradients, of a few images, and are timed apart::
+The lab's four networks, or four of usual size, float32 on the CPU. All measurements ride on one
+pass, with the settings of the chapter that asks for most of each. The plain passes of the same
+networks over the same images are timed in turn with it, in this process: CPU time, so that other
+work on the machine hardly matters. Receptive fields take gradients, of a few images, and are timed
+apart::
 
     python -m benchmarks.book --out book/records/cost-book.json
+    python -m benchmarks.book --large --images 128 --more 256 --out book/records/cost-large.json
 """
 
 import contextlib
@@ -15,6 +17,7 @@ import statistics
 import tempfile
 import time
 
+import timm
 import torch
 import xarray as xr
 
@@ -22,6 +25,7 @@ from benchmarks import shared
 from benchmarks.shared import cost
 from lib.attention import AttentionDistance, HeadCKA, attention_taps
 from lib.cka import MinibatchCKA
+from lib.images import Images
 from lib.localisation import Localisation
 from lib.measure import measure
 from lib.probes import Probes
@@ -42,7 +46,7 @@ FIELDS = {
 def main():
     options = parse()
     torch.set_num_threads(options.threads)
-    study = Drawn(max(options.images, options.more))
+    study = (Large if options.large else Drawn)(max(options.images, options.more))
     plain(study, options.batch, options.batch)  # warm-up
 
     totals, parts = [], []
@@ -70,7 +74,7 @@ def main():
     images, channels = 32, 2
     seconds, _, _ = cost(fields, study, images, channels)
     shared.result(
-        "ViT, mean-pooled ViT, ResNet and Mixer of the lab, 32 px, float32",
+        study.what,
         options,
         rows,
         images=options.images,
@@ -84,6 +88,9 @@ def main():
 
 def parse():
     parser = shared.options(__doc__, batch=64)
+    parser.add_argument(
+        "--large", action="store_true", help="networks of usual size, random weights, at 224 pixels"
+    )
     parser.add_argument("--images", type=int, default=1024, help="(default: 1024)")
     parser.add_argument("--more", type=int, default=4096, help="for memory (default: 4096)")
     return parser.parse_args()
@@ -91,6 +98,9 @@ def parse():
 
 class Drawn(Lab):
     """The lab with its images and networks in memory, so that making them is not timed."""
+
+    what = "ViT, mean-pooled ViT, ResNet and Mixer of the lab, 32 px, float32"
+    grid = 8
 
     def __init__(self, n: int):
         self.drawn = super().images(n)
@@ -101,6 +111,33 @@ class Drawn(Lab):
 
     def model(self, name):
         return self.networks[name]
+
+
+class Large:
+    """Networks of usual size: what they have learned and what they see costs no time."""
+
+    name = "large"
+    what = "ViT-S/16, the same mean-pooled, ResNet-50, Mixer-S/16, random weights, 224 px, float32"
+    grid = 7  # of the ResNet's last stage
+
+    def __init__(self, n: int):
+        noise = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=noise)
+        boxes = torch.tensor([[50.0, 50.0, 150.0, 150.0]]).expand(n, 4)
+        self.drawn = Images(pixels, torch.arange(n) % 4, boxes)
+        vit = "vit_small_patch16_224"
+        models = {
+            "vit": timm.create_model(vit),
+            "vit_gap": timm.create_model(vit, class_token=False, global_pool="avg"),
+            "resnet": timm.create_model("resnetv2_50"),
+            "mixer": timm.create_model("mixer_s16_224"),
+        }
+        self.networks = {role: models[role].eval() for role in ROLES}
+
+    images, model = Drawn.images, Drawn.model
+
+    def to_input(self, pixels, role):
+        return pixels.float() / 127.5 - 1
 
 
 def measurements(study) -> dict:
@@ -120,8 +157,8 @@ def measurements(study) -> dict:
         "attention distance": AttentionDistance(dict.fromkeys(("vit", "vit_gap"), attention_taps)),
         "CKA of heads": HeadCKA(contexts, heads, patch),
         "norm ratio": norms,
-        "localisation": Localisation(dict.fromkeys(PLACES, "blocks"), grid=8),
-        PROBES: Probes(probed, grid=8, shots=10),
+        "localisation": Localisation(dict.fromkeys(PLACES, "blocks"), grid=study.grid),
+        PROBES: Probes(probed, grid=study.grid, shots=10),
     }
 
 
