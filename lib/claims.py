@@ -746,34 +746,35 @@ CLAIMS = {
             below=True,
         ),
         *(
-            claim
-            for percent, key, less, little in (
-                (10, "", "less", "little"),
-                (3, "-03", "very little", "very little"),
+            Claim(
+                f"E16-{where}{key}",
+                sentence,
+                "Fig. 12",
+                functools.partial(loss, fewer=fewer),
+                f"loss of CKA with a full-data ViT, trained on {share}, {blocks},",
+                threshold,
+                (fewer, "vit", "vit_other_seed"),
+                below=where == "early",
+                other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
             )
-            for claim in (
-                Claim(
-                    f"E16-late{key}",
+            for fewer, share, key, less, little in (
+                ("vit_data_10", "10 %", "", "less", "little"),
+                ("vit_data_03", "3 %", "-03", "very little", "very little"),
+            )
+            for where, sentence, loss, blocks, threshold in (
+                (
+                    "late",
                     f"What {less} data costs a ViT, it costs in the later blocks.",
-                    "Fig. 12",
-                    functools.partial(_late_deficit, fewer=f"vit_data_{percent:02}"),
-                    f"loss of CKA with a full-data ViT, trained on {percent} %, last third of "
-                    "blocks minus first,",
+                    _late_deficit,
+                    "last third of blocks minus first",
                     0.0,
-                    (f"vit_data_{percent:02}", "vit", "vit_other_seed"),
-                    other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
                 ),
-                Claim(
-                    f"E16-early{key}",
+                (
+                    "early",
                     f"The early blocks of a ViT need {little} data.",
-                    "Fig. 12",
-                    functools.partial(_early_deficit, fewer=f"vit_data_{percent:02}"),
-                    f"loss of CKA with a full-data ViT, trained on {percent} %, first third of "
-                    "blocks,",
+                    _early_deficit,
+                    "first third of blocks",
                     0.1,
-                    (f"vit_data_{percent:02}", "vit", "vit_other_seed"),
-                    below=True,
-                    other_seed={"vit": "vit_other_seed", "vit_other_seed": "vit"},
                 ),
             )
         ),
