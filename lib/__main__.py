@@ -255,10 +255,10 @@ def _train(args):
         return
     print(f"{len(waiting)} of {len(wanted)} networks to train on {device}, weights into {folder}:")
     for role in waiting:
-        images = study.role(role).recipe.images
+        recipe = study.role(role).recipe
         card = study.cards.get(role)
         took = f"took {card['seconds'] / 60:.0f} min on {card['device']}" if card else "not timed"
-        print(f"  {role:34} {images:,} images ({took})")
+        print(f"  {role:34} {recipe.end * recipe.batch_size:,} images ({took})")
     for role in waiting:
         print(role)
         card = study.train(role, checkpoints=folder, device=device)

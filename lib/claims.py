@@ -53,7 +53,8 @@ class Claim:
     def wording(self) -> str:
         """What is claimed, where, and what decides, as HTML."""
         side = f"{'&lt;' if self.below else '&gt;'} {self.threshold:g}"
-        return f"{self.sentence} ({self.source})<br><small>Holds if: {self.meaning} {side}</small>"
+        source = self.source if " et al." in self.source else f"the paper's {self.source}"
+        return f"{self.sentence} ({source})<br><small>Holds if: {self.meaning} {side}</small>"
 
     def holds(self, estimate: "Estimate") -> str:
         """Verdict of one estimate alone, by where its interval lies."""
@@ -278,7 +279,7 @@ def table(judgements: list[Judgement]) -> Table:
             "measured [95 %]": str(j.trained),
             "other seed": str(j.other_seed or "–"),
             "untrained": str(j.untrained or "–"),
-            "verdict": badge(j.verdict) + (f"<br>{j.why}" if j.why else ""),
+            "verdict": badge(j.verdict, j.why),
         }
         for j in judgements
     ]
@@ -286,10 +287,12 @@ def table(judgements: list[Judgement]) -> Table:
     return Table(html, judgements)
 
 
-def badge(verdict: str) -> str:
-    """A verdict as a labelled span, styled by the book's style sheet."""
+def badge(verdict: str, why: str = "") -> str:
+    """A verdict as a labelled span, styled by the book's style sheet, and what to make of it."""
     css = "unmeasured" if verdict == UNMEASURABLE else verdict
-    return f'<span class="verdict-{css}">{verdict}</span>'
+    return f'<span class="verdict-{css}">{verdict}</span>' + (
+        f" <small>{why}</small>" if why else ""
+    )
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -447,7 +450,7 @@ CLAIMS = {
         ),
         Claim(
             "E01-stages",
-            "A ResNet's map falls into blocks at its stages.",
+            "A ResNet's map falls into squares at its stages.",
             "Fig. 1",
             lambda maps: stage_contrast(maps["resnet", "resnet"], maps.layers("resnet")),
             "CKA within minus across stages, beyond that of other cuts,",
@@ -465,7 +468,7 @@ CLAIMS = {
         ),
         Claim(
             "E02-midpoint",
-            "The lower half of a ResNet corresponds to the lowest part of a ViT.",
+            "The middle unit of a ResNet fits the lower blocks of a ViT best.",
             "Fig. 2",
             _midpoint_fit,
             "best CKA of the ResNet's middle unit with ViT blocks below depth 0.45, minus above,",
@@ -474,7 +477,7 @@ CLAIMS = {
         ),
         Claim(
             "E02-last-third",
-            "The last third of a ViT resembles no layer of a ResNet.",
+            "The last third of a ViT resembles a ResNet's layers less than its middle third does.",
             "Fig. 2",
             _last_third_deficit,
             "best CKA with any ResNet unit, middle third of ViT blocks minus last third,",
@@ -523,7 +526,8 @@ CLAIMS = {
             "The nearer a first-block head looks, the more it resembles a ResNet's first units.",
             "Fig. 5",
             None,
-            "rank correlation of distance with CKA, windows of two heads, largest of five units,",
+            "rank correlation of distance with CKA, neighbouring pairs of heads, largest of five "
+            "units,",
             -0.5,
             ("vit", "resnet"),
             below=True,
@@ -844,7 +848,7 @@ CLAIMS = {
         ),
         Claim(
             "E22-blocks",
-            "An MLP-Mixer falls into an early and a late block.",
+            "An MLP-Mixer falls into two parts, early and late, more than a ViT does.",
             "appendix H",
             lambda maps: (
                 two_block_contrast(maps["mixer", "mixer"]) - two_block_contrast(maps["vit", "vit"])

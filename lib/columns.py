@@ -21,10 +21,11 @@ PAGES = ROOT / "book" / "photographs"
 TOC = ROOT / "book" / "_toc.yml"
 NETWORKS = "networks.txt"  # what the page on the studies includes
 LARGEST = 120_000  # bytes of a picture
+LINE = 90  # pixels, the height of a picture that is a line of words
 WIDEST = 700  # pixels of a picture that can still be read in half of a page's width
 CHAPTER = re.compile(r"\d\d-.*")
 TAKEN_TOGETHER = {  # what the studies make of a claim that all of them judged
-    "before": "holds in each, already before training: a matter of architecture",
+    "before": "holds in each, already before training",
     "holds": "holds in each",
     "against": "comes out against the sentence in each",
     "differs": "depends on the images",
@@ -92,7 +93,12 @@ def _write_page(lab: Path, others: dict[str, Path], found: dict, pages: Path) ->
                 text += [f"## {heading}", ""]
                 shown = heading
             alt = cell["metadata"]["mystnb"].get("image", {}).get("alt", "")
+            caption = figure["caption"]
             pngs = {study: _picture(own.get(cell["id"])) for study, own in cells.items()}
+            # A single line stands where a study lacks something (lib.plots.nothing).
+            pngs = {
+                study: png if png and _height(png) > LINE else None for study, png in pngs.items()
+            }
             across = 2 if max(map(_width, filter(None, pngs.values())), default=0) <= WIDEST else 1
             text += [f":::::{{grid}} 1 1 {across} {across}", ":gutter: 2", ""]
             for study, png in pngs.items():
@@ -104,20 +110,20 @@ def _write_page(lab: Path, others: dict[str, Path], found: dict, pages: Path) ->
                     text += [
                         f":::{{image}} {lab.stem}/{image.name}",
                         f":width: {_width(png)}px",
-                        f":alt: {alt if study == 'lab' else f'The same figure of {study}.'}",
+                        f":alt: {alt if study == 'lab' else f'In {study}: {caption}'}",
                         ":::",
                     ]
                 else:
                     text += ["*Not measured in this study.*"]
                 text += ["::::", ""]
-            text += [":::::", "", f"{{numref}}`{figure['name']}`: {figure['caption']}", ""]
+            text += [":::::", "", f"{{numref}}`{figure['name']}`: {caption}", ""]
 
     verdicts = _verdicts({study: found[study] for study in notebooks}, lab.stem)
     if verdicts:
         text += ["## Claims and verdicts", "", verdicts, ""]
     text += ["## Where the numbers come from", ""]
-    for study in others:
-        text += [f"`{study}`", "", _provenance(notebooks[study]), ""]
+    for study in notebooks:
+        text += [f"**{_name(study)}**", "", _provenance(notebooks[study]), ""]
         if _code(notebooks[study]) != _code(notebooks["lab"]):
             text += [
                 "The chapter's code has changed since this study was measured: where the columns "
@@ -167,6 +173,10 @@ def _width(png: bytes) -> int:
     return int.from_bytes(png[16:20], "big")
 
 
+def _height(png: bytes) -> int:
+    return int.from_bytes(png[20:24], "big")
+
+
 def _small(png: bytes) -> bytes:
     """The same picture in fewer colours, if it is too large."""
     if len(png) <= LARGEST:
@@ -194,8 +204,7 @@ def _verdicts(found: dict[str, dict[str, Finding]], chapter: str) -> str:
     def cell(judgement):
         if judgement is None:
             return "not measured"
-        said = [badge(judgement.verdict), judgement.why, str(judgement.trained)]
-        return "<br>".join(filter(None, said))
+        return f"{badge(judgement.verdict, judgement.why)}<br>{judgement.trained}"
 
     def taken_together(key):
         verdict = together(own.get(key) for own in judged.values())
@@ -268,7 +277,7 @@ def _card(card: dict) -> list[str]:
     return [
         f"`{card['role']}`",
         f"{card['parameters'] / 1e6:.2f} M",
-        f"{recipe['images']:,}",
+        f"{recipe['images'] * recipe['until']:,.0f}",
         f"{recipe['distinct']:,}",
         str(recipe["seed"]),
         f"{card['accuracy']:.3f} [{low:.3f}, {high:.3f}]",

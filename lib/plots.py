@@ -92,7 +92,8 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
             interpolation="nearest",
         )
         axis.set_facecolor("0.8")  # undefined cells
-        axis.set(xlabel=name(right), ylabel=name(up))
+        axis.set_xlabel(name(right), size="small")
+        axis.set_ylabel(name(up), size="small")
         _mark_blocks(axis.xaxis, values["other"].values, blocks)
         _mark_blocks(axis.yaxis, values["tap"].values, blocks)
     for axis in axes.flat[len(pairs) :]:

@@ -12,10 +12,12 @@ import json
 import linecache
 import os
 import platform
+import re
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
@@ -115,15 +117,17 @@ def between(record: xr.Dataset, rows: str, columns: str, *, blocks=False, variab
         if role not in known:
             raise ValueError(f"this record has no role {role!r}; it has {', '.join(known)}")
 
-    def indices(role):
-        keep = record["role"].values == role
-        return (keep & record["block"].values if blocks else keep).nonzero()[0]
+    # Measurements that rode along may have brought taps that have no likeness to others.
+    compared = np.isin(record["tap"].values, record["other"].values)
 
-    tap, other = indices(rows), indices(columns)
-    layers = record["layer"].values
-    part = record[variable].isel(tap=tap, other=other)
+    def taps(role):
+        keep = compared & (record["role"].values == role)
+        return record["tap"][keep & record["block"].values if blocks else keep]
+
+    tap, other = taps(rows), taps(columns)
+    part = record[variable].sel(tap=tap.values, other=other.values)
     part = part.drop_vars([name for name in part.coords if name not in ("tap", "other")])
-    return part.assign_coords(tap=layers[tap], other=layers[other])
+    return part.assign_coords(tap=tap["layer"].values, other=other["layer"].values)
 
 
 def provenance(**facts) -> dict[str, str]:
@@ -137,9 +141,16 @@ def provenance(**facts) -> dict[str, str]:
     }
 
 
-def as_table(facts: dict) -> pd.DataFrame:
-    """Provenance as a table, for the end of a chapter."""
-    return pd.DataFrame({"": {name.replace("_", " "): str(value) for name, value in facts.items()}})
+def as_table(facts: dict):
+    """Provenance as a table (HTML), for the end of a chapter."""
+    from IPython.display import HTML
+
+    rows = {
+        name.replace("_", " "): re.sub("['\"]", "", str(value).strip("{}[]"))
+        for name, value in facts.items()
+    }
+    with pd.option_context("display.max_colwidth", None):
+        return HTML(pd.Series(rows).to_frame().to_html(header=False, border=0))
 
 
 def versions() -> dict[str, str]:
@@ -151,7 +162,8 @@ def device_name(device="cpu") -> str:
     """What a device is called: ``"NVIDIA H100 80GB HBM3"``, ``"CPU, 2 threads"``."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.device(device).type.upper()}, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"{torch.device(device).type.upper()}, {n} thread{'s' * (n > 1)}"
 
 
 @functools.cache

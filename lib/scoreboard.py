@@ -58,7 +58,7 @@ TOGETHER = {
     "before": (
         "holds",
         "hold",
-        "in each of them already before training: a matter of architecture, not of images",
+        "in each of them already before training: nothing that images have taught",
     ),
     "holds": ("holds", "hold", "in each of them, and in one at least not before training"),
     "against": ("comes", "come", "out against the sentence in each of them, whatever the images"),
@@ -213,6 +213,10 @@ def _table(studies) -> str:
     def head(text, more=""):
         return f'<th scope="col" data-column="{next(columns)}"{more}>{text}</th>'
 
+    def empty(study):
+        next(columns)
+        return f'<th scope="col" rowspan="2">{study}</th>'
+
     whole = ' rowspan="2"'
     upper = [
         head("claim", f'{whole} aria-sort="ascending"'),
@@ -222,9 +226,9 @@ def _table(studies) -> str:
     for study, found in studies.items():
         if found:
             upper.append(f'<th scope="colgroup" colspan="{len(PARTS)}">{study}</th>')
-            lower += map(head, PARTS.values())
+            lower += [head(part, f' data-of="{study}"') for part in PARTS.values()]
         else:
-            upper.append(head(study, whole))
+            upper.append(empty(study))
     rows = [_row(place, claim, studies) for place, claim in enumerate(CLAIMS.values())]
     return "\n".join(
         [
@@ -259,8 +263,7 @@ def _row(place: int, claim: Claim, studies) -> str:
             cells.append(_cell(MISSING, rank, "unmeasured"))
             cells += [_cell("–")] * (len(PARTS) - 1 if found else 0)
         else:
-            why = f"<br><small>{html.escape(judgement.why)}</small>" if judgement.why else ""
-            cells.append(_cell(badge(judgement.verdict) + why, rank))
+            cells.append(_cell(badge(judgement.verdict, html.escape(judgement.why)), rank))
             cells += [_number(getattr(judgement, part)) for part in list(PARTS)[1:]]
     return f'<tr id="{_id(claim.key)}">{"".join(cells)}</tr>'
 

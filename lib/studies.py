@@ -46,6 +46,16 @@ class Role:
     task: str = "object"
 
 
+def _parts_of_training(name: str, recipe: Recipe) -> dict[str, Role]:
+    """A role's network as it was on the way: after 3, 10 and 30 % of its steps."""
+    return {
+        f"{name}_after_{share:02}": Role(
+            name, dataclasses.replace(recipe, until=share / 100), f"{name} at {share} % of its way"
+        )
+        for share in (3, 10, 30)
+    }
+
+
 class Study:
     """What all studies have in common: networks with roles, and a twin before training of each."""
 
@@ -218,6 +228,8 @@ class Lab(Trained):
         "resnet_data_03": Role("resnet", Recipe(distinct=4_800), "trained on 3 % of the scenes"),
         "resnet_data_10": Role("resnet", Recipe(distinct=16_000), "trained on 10 % of the scenes"),
         "resnet_data_30": Role("resnet", Recipe(distinct=48_000), "trained on 30 % of the scenes"),
+        **_parts_of_training("vit", Recipe()),
+        **_parts_of_training("resnet", Recipe()),
         **{
             f"{start}_tuned_{task.replace(' ', '_')}": Role(
                 architecture, TUNING, f"{start} trained further: {TASKS[task].purpose}", start, task
@@ -301,6 +313,8 @@ class TinyImagenet(Trained):
                 for family in ("vit", "resnet")
                 for share in (3, 10, 30)
             },
+            **_parts_of_training("vit", one),
+            **_parts_of_training("resnet", one),
         }
 
     @property

@@ -31,12 +31,13 @@ SAVES = 20
 class Recipe:
     """How a network is trained.
 
-    images     : how many training images it sees in all
+    images     : how many training images a whole training shows it
     distinct   : how many different images there are among them
     batch_size : images per step
     lr, warmup_steps, weight_decay, clip, betas : of AdamW and its schedule
     fade       : share of the steps over which skip connections that are to be removed fade out;
                  0 trains without them from the start
+    until      : share of the steps after which it ends; the schedule is that of a whole training
     seed       : of the initial weights and of the order of the images
     """
 
@@ -49,11 +50,17 @@ class Recipe:
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.98)
     fade: float = 0.0
+    until: float = 1.0
     seed: int = 0
 
     @property
     def steps(self) -> int:
         return self.images // self.batch_size
+
+    @property
+    def end(self) -> int:
+        """The step before which training ends."""
+        return round(self.until * self.steps)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, then cosine to zero."""
@@ -176,14 +183,14 @@ def train(
         torch.save(state, partial)
         os.replace(partial, path)
 
-    end = recipe.steps if stop_after is None else min(recipe.steps, stop_after)
+    end = recipe.end if stop_after is None else min(recipe.end, stop_after)
     point = max(1, recipe.steps // CURVE_POINTS)
     keep = max(1, recipe.steps // SAVES)
     device_type = torch.device(device).type
     cut = [m for m in model.modules() if isinstance(m, BlockWithoutSkips | UnitWithoutSkip)]
     with unfused_attention(model):  # on a CPU the fused kernel's backward pass is the slower one
         model.train()
-        progress = tqdm(range(start, end), initial=start, total=recipe.steps, unit="step")
+        progress = tqdm(range(start, end), initial=start, total=recipe.end, unit="step")
         step = start
         try:
             for step in progress:
@@ -201,7 +208,7 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 optimiser.step()
                 loss_sum, since = loss_sum + loss.item(), since + 1
-                if (step + 1) % point == 0 or step + 1 == recipe.steps:
+                if (step + 1) % point == 0 or step + 1 == recipe.end:
                     accuracy = score(model, *held_out, device, to_input)
                     seen = (step + 1) * recipe.batch_size
                     curve.append(

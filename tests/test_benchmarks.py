@@ -10,7 +10,7 @@ import torch
 from benchmarks import book, public, shared
 from lib.book import RECORDS
 
-NAMES = ("cost-cka", "cost-book", "cost-attention", "cost-public")
+NAMES = ("cost-cka", "cost-book", "cost-large", "cost-attention", "cost-public")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,15 +34,19 @@ def test_all_measurements_ride_on_one_pass_and_their_shares_add_up():
         assert measurement.seen.sum() == 16
 
 
-def test_the_record_of_the_book_has_a_share_for_every_measurement():
-    record = json.loads((RECORDS / "cost-book.json").read_text())
-    study = book.Drawn(1)
+@pytest.mark.parametrize(
+    ("name", "study", "grows"), [("cost-book", book.Drawn, 4), ("cost-large", book.Large, 2)]
+)
+def test_the_record_of_the_book_has_a_share_for_every_measurement(name, study, grows):
+    record = json.loads((RECORDS / f"{name}.json").read_text())
+    assert record["what"] == study.what
+    study = study(1)
     names = [row["name"] for row in record["rows"]]
     assert names == ["passes with taps", *book.measurements(study)]
     total = sum(row["ratio"] for row in record["rows"])
     assert total == pytest.approx(record["ratio"], rel=0.1)
     few, many = record["memory"]
-    assert many["images"] == 4 * few["images"]
+    assert many["images"] == grows * few["images"]
 
 
 def test_large_networks_are_measured_as_the_labs_are():

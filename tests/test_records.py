@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from bs4 import BeautifulSoup
 from torch import nn
 
 from lib import records
@@ -200,6 +201,22 @@ def test_between_takes_other_variables_and_keeps_their_axes(record):
     np.testing.assert_allclose(part[1] * 3, between(record, "a", "b"))
 
 
+def test_between_leaves_out_taps_that_were_compared_with_nothing(record):
+    alone = xr.Dataset(
+        {"distance": ("tap", [7.0])},
+        coords={
+            "tap": ["a/attn"],
+            "role": ("tap", ["a"]),
+            "layer": ("tap", ["attn"]),
+            "block": ("tap", [False]),
+        },
+    )
+    both = xr.merge([record, alone], join="outer", compat="no_conflicts").sel(
+        tap=["a/attn", *record["tap"].values]
+    )
+    xr.testing.assert_equal(between(both, "a", "b"), between(record, "a", "b"))
+
+
 def test_between_names_the_roles_there_are(record):
     for pair in (("a", "c"), ("c", "a")):
         with pytest.raises(ValueError, match=r"^this record has no role 'c'; it has a, b$"):
@@ -294,9 +311,15 @@ def test_provenance_is_text_and_names_no_machine():
 
 
 def test_provenance_is_shown_as_a_table():
-    table = records.as_table({"n_images": 3, "study": "lab"})
-    assert table[""].to_dict() == {"n images": "3", "study": "lab"}
+    hashes = {f"vit_{number}": "0123456789ab" for number in range(9)}
+    facts = records.provenance(n_images=3, weights=hashes, measurements=["CKA({'taps': 'blocks'})"])
+    rows = BeautifulSoup(records.as_table(facts).data, "html.parser").find_all("tr")
+    table = {row.th.text: row.td.text for row in rows}
+    assert table["n images"] == "3"
+    assert table["weights"] == ", ".join(f"{name}: {one}" for name, one in hashes.items())
+    assert table["measurements"] == "CKA({taps: blocks})"
 
 
 def test_devices_have_names():
-    assert records.device_name("cpu") == f"CPU, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    assert records.device_name("cpu") == (f"CPU, {n} threads" if n > 1 else "CPU, 1 thread")

@@ -94,6 +94,15 @@ def test_the_last_point_is_there_even_if_it_is_not_a_round_one(tmp_path):
     assert [point["images"] for point in curve[-2:]] == [102 * 16, 103 * 16]
 
 
+def test_a_part_of_a_training_is_the_beginning_of_the_whole(tmp_path):
+    whole, part = network(), network()
+    train(tmp_path / "whole", whole, stop_after=31)
+    _, curve = train(tmp_path / "part", part, recipe=dataclasses.replace(SHORT, until=0.31))
+    assert [point["images"] for point in curve] == [16 * step for step in (*range(2, 31, 2), 31)]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(part.state_dict()[name], value), name
+
+
 def test_the_loss_of_a_point_is_the_mean_since_the_last_one(tmp_path, monkeypatch):
     losses = []
     cross_entropy = training.F.cross_entropy

@@ -135,6 +135,7 @@
   const show = () => {
     sides = { rows: side(data.roles[rows.value]), columns: side(data.roles[columns.value]) };
     sides.picture = picture();
+    map.ariaLabel = `CKA of ${sides.rows.name} with ${sides.columns.name}; arrow keys move from cell to cell`;
     const half = (which) => Math.floor(sides[which].taps.length / 2);
     move(half("rows"), half("columns"));
   };

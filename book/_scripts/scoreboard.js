@@ -28,6 +28,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     const button = document.createElement("button");
     button.type = "button";
     button.append(...heading.childNodes);
+    if (heading.dataset.of) button.ariaLabel = `${button.textContent}, ${heading.dataset.of}`;
     button.addEventListener("click", () => sortBy(heading));
     heading.append(button);
   }
