@@ -301,7 +301,7 @@ class TinyImagenet(Trained):
             "vit_no_skip_middle": Role(
                 "vit_no_skip_middle",
                 dataclasses.replace(one, fade=0.3),
-                "without the skips of block 6",
+                f"without the skips of block {self.size.depth // 2}",
             ),
             "resnet_no_skip_middle": Role(
                 "resnet_no_skip_middle", one, "without the skip of unit 6"
@@ -375,7 +375,8 @@ class TinyImagenetSmall(TinyImagenet):
 
     @functools.cached_property
     def roles(self) -> dict[str, Role]:
-        used = ("vit", "vit_other_seed", "vit_gap", "resnet", "resnet_other_seed", "vit_data_10")
+        used = ("vit", "vit_other_seed", "vit_gap", "resnet", "resnet_other_seed")
+        used += ("vit_no_skip_middle", "vit_data_03", "vit_data_10")
         every = super().roles
         return {name: every[name] for name in used}
 

@@ -161,7 +161,7 @@ def test_every_claim_is_listed_with_numbers_or_with_a_reason(study, number):
     assert set(verdicts) == {key for key in CLAIMS if key.startswith(CHAPTERS[number])}
     for key, (measured, other_seed, untrained, verdict) in verdicts.items():
         kind = re.fullmatch(
-            r"(supported|contradicted|inconclusive|not measurable) ?(.*)", verdict.strip()
+            r"(supported|contradicted|inconclusive|not measurable) *(.*)", verdict.strip()
         )
         assert kind, (key, verdict)
         if kind[1] == "not measurable":
