@@ -193,8 +193,14 @@ def _counts(begin: str, said: dict, by_kind: dict[str, list[str]], reasons=None)
                 for why, group in groups.items()
             )
             verb = several if len(keys) > 1 else one
-            lines.append(f"- **{len(keys)}** {verb} {rest}: {links}.")
+            lines.append(f"- **{len(keys)}** {verb} {rest}: {links}.\n\n  {_in_words(keys)}\n")
     return "\n".join(lines)
+
+
+def _in_words(keys: list[str]) -> str:
+    """What claims say, folded away."""
+    says = "".join(f"<li>{key}: {html.escape(CLAIMS[key].sentence)}</li>" for key in keys)
+    return f"<details><summary>In words</summary><ul>{says}</ul></details>"
 
 
 def _id(text: str) -> str:

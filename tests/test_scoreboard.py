@@ -197,6 +197,14 @@ def test_claims_that_one_thing_is_missing_for_stand_together(tmp_path):
     assert line == "- **3** could not be measured: E01-grid (no boxes); E14-gap, E15-tie (no ViT)."
 
 
+def test_the_summary_says_in_words_what_its_keys_stand_for(tmp_path):
+    chapter(tmp_path, "02-finding", [decide(CLAIMS["E01-uniform"], ABOVE, ABOVE, BELOW)])
+    page = BeautifulSoup(scoreboard.page({"lab": scoreboard.collect(tmp_path)}), "html.parser")
+    told = [[item.text for item in fold.find_all("li")] for fold in page.find_all("details")]
+    assert told[0] == [f"E01-uniform: {CLAIMS['E01-uniform'].sentence}"]
+    assert sum(map(len, told)) == len(CLAIMS)
+
+
 def test_columns_are_numbered_as_cells_are(tmp_path):
     chapter(tmp_path, "02-finding", [decide(CLAIMS["E01-uniform"], ABOVE, ABOVE, BELOW)])
     text = scoreboard.page({"lab": scoreboard.collect(tmp_path), "imagenet": {}})
