@@ -64,7 +64,7 @@ test: setup  ## check the code, the library, the site, and every number in the c
 jupyter: setup  ## open the chapters' sources in JupyterLab
 	$(VENV)/bin/jupyter lab chapters
 
-weights: setup  ## train the models of a study again (STUDY=lab)
+weights: setup  ## train the models of a study that have no weights yet (STUDY=lab)
 	$(PY) -m lib train --study $(STUDY)
 
 clean:  ## remove what was built, keep .venv

@@ -282,6 +282,11 @@ def test_the_scoreboard_is_sorted_by_what_is_clicked(browser, server):
     before = browser.execute_script(state, 0)
     assert before["sorted"] == [["0", "ascending"]]
     assert before["keys"] == [str(place) for place in range(len(before["keys"]))]
+    named = browser.execute_script(
+        "return [...document.querySelectorAll('[data-of] button')].map(found => found.ariaLabel)"
+    )
+    assert len(named) == len(set(named)) > 0  # columns of the same name belong to other studies
+    assert all(label.endswith((", lab", ", tiny-imagenet-small")) for label in named)
     button = "document.querySelector('.sortable th[data-column=\"1\"] button')"
     for direction in ("ascending", "descending"):
         # As a keyboard does it: the button has the focus, and Enter is a click.
@@ -308,6 +313,7 @@ def test_the_explorer_reads_its_cells(source, browser, server):
     pattern = r"(.+) × (.+): CKA -?\d\.\d\d \[-?\d\.\d\d, -?\d\.\d\d\]"
     rows, columns = re.fullmatch(pattern, reading.text).groups()
     assert (rows.split(",")[0], columns.split(",")[0]) == ("ViT", "ResNet")
+    assert canvas.get_attribute("aria-label").startswith("CKA of ViT with ResNet; ")
     canvas.send_keys(Keys.ARROW_UP)
     above, same = re.fullmatch(pattern, reading.text).groups()
     assert above != rows
