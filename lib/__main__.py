@@ -247,13 +247,14 @@ def _train(args):
     if not hasattr(study, "train"):
         raise ValueError(f"the networks of {args.study!r} come trained: there is nothing to train")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(args.into) if args.into else study.checkpoints
+    folder = Path(args.into) if args.into else None
     wanted = args.roles or list(study.roles)
     waiting = [role for role in wanted if not study.is_trained(role, folder)]
     if not waiting:
         print(f"nothing to do: {', '.join(wanted)} are trained, by the recipe they have now")
         return
-    print(f"{len(waiting)} of {len(wanted)} networks to train on {device}, weights into {folder}:")
+    where = folder or study.checkpoints
+    print(f"{len(waiting)} of {len(wanted)} networks to train on {device}, weights into {where}:")
     for role in waiting:
         recipe = study.role(role).recipe
         card = study.cards.get(role)

@@ -142,7 +142,10 @@ def _executed(path: Path, parameters: dict, scratch: Path) -> str:
     """The executed notebook of a chapter, as the text of its file."""
     import nbformat
 
-    return nbformat.writes(_clean(_run(path, parameters, scratch))) + "\n"
+    notebook = _clean(_run(path, parameters, scratch))
+    if "study" in parameters:
+        _say_study(notebook, ast.literal_eval(parameters_of(path)["study"]), parameters["study"])
+    return nbformat.writes(notebook) + "\n"
 
 
 def _kernels() -> set:
@@ -260,6 +263,18 @@ def _say_words(notebook) -> None:
                 lambda found: f"{found[1]}`" if found[2] in glued else found[0],
                 cell.source,
             )
+
+
+def _say_study(notebook, about: str, study: str) -> None:
+    """Below the title, that the chapter's text is about another study than was measured."""
+    import nbformat
+
+    if study != about:
+        text = (
+            f"**This is a run on the study `{study}`.** Figures, tables and numbers are of that "
+            f"study. What the text says of them was written about `{about}`."
+        )
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(text, id="other-study"))
 
 
 def _clean(notebook):

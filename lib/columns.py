@@ -17,18 +17,18 @@ from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
 from lib.claims import CLAIMS, badge
 from lib.scoreboard import Finding, collect, together
 
-PAGES = ROOT / "book" / "photographs"
+PAGES = ROOT / "book" / "studies"
 TOC = ROOT / "book" / "_toc.yml"
 NETWORKS = "networks.txt"  # what the page on the studies includes
 LARGEST = 120_000  # bytes of a picture
 LINE = 90  # pixels, the height of a picture that is a line of words
 WIDEST = 700  # pixels of a picture that can still be read in half of a page's width
 CHAPTER = re.compile(r"\d\d-.*")
-TAKEN_TOGETHER = {  # what the studies make of a claim that all of them judged
+TAKEN_TOGETHER = {  # what the studies that measured a claim make of it, if there are several
     "before": "holds in each, already before training",
     "holds": "holds in each",
     "against": "comes out against the sentence in each",
-    "differs": "depends on the images",
+    "differs": "depends on the study",
     "open": "not decided in each",
 }
 
@@ -131,7 +131,7 @@ def _write_page(lab: Path, others: dict[str, Path], found: dict, pages: Path) ->
                 "",
             ]
     begin = [
-        f"# {title}, on photographs",
+        f"# {title}, study by study",
         "",
         f"The figures and claims of {{doc}}`../{lab.parent.name}/{lab.stem}`, which explains them, "
         f"in the lab and in {' and '.join(f'`{study}`' for study in others)} "
@@ -207,7 +207,7 @@ def _verdicts(found: dict[str, dict[str, Finding]], chapter: str) -> str:
         return f"{badge(judgement.verdict, judgement.why)}<br>{judgement.trained}"
 
     def taken_together(key):
-        verdict = together(own.get(key) for own in judged.values())
+        verdict = together(*(own.get(key) for own in judged.values()))
         return f"<br><small>Taken together: {TAKEN_TOGETHER[verdict]}</small>" if verdict else ""
 
     head = "".join(f"<th>{name}</th>" for name in map(_name, judged))
@@ -263,8 +263,7 @@ def _networks(folders: dict[str, Path]) -> str:
         if found:
             rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_card, found)]
             tables += [
-                f"`{study}`, accuracy on {found[0]['test_images']:,} photographs of the "
-                "validation set:",
+                f"`{study}`, accuracy on {found[0]['test_images']:,} test images:",
                 "",
                 *(f"| {' | '.join(row)} |" for row in rows),
                 "",

@@ -20,6 +20,7 @@ ROLES = {
     "resnet": ("ResNet", PALETTE[1]),
     "mixer": ("Mixer", PALETTE[2]),
 }
+MARKERS = "os^Dv"  # curves are told apart by them as well, and not by colour alone
 TWINS = {"_untrained": ", untrained", "_other_seed": ", other seed", "_third_seed": ", third seed"}
 
 
@@ -52,9 +53,20 @@ def name(role: str) -> str:
 
 def colour(role: str):
     """A role's colour; its twins have the same."""
+    return ROLES[_family(role)][1] if _family(role) in ROLES else "black"
+
+
+def marker(role: str) -> str:
+    """A role's mark; its twins have the same."""
+    known = list(ROLES)
+    family = _family(role)
+    return MARKERS[known.index(family) % len(MARKERS)] if family in known else "x"
+
+
+def _family(role: str) -> str:
     for suffix in TWINS:
         role = role.removesuffix(suffix)
-    return ROLES[role][1] if role in ROLES else "black"
+    return role
 
 
 def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, columns: int = 3):
@@ -141,11 +153,15 @@ def nothing(why: str):
 
 
 def depth_lines(axis, values: dict[str, np.ndarray], margins: dict | None = None) -> None:
-    """Curves over relative depth (0 input, 1 output), one per role; untrained twins dashed."""
+    """Curves over relative depth (0 input, 1 output), one per role; untrained twins dashed.
+
+    Marks tell families apart, and stand at some of the points only.
+    """
     for role, value in values.items():
         depth = np.linspace(0, 1, len(value))
         style = "--" if role.endswith("_untrained") else ":" if "seed" in role else "-"
-        axis.plot(depth, value, style, color=colour(role), label=name(role))
+        look = {"marker": marker(role), "ms": 4, "markevery": max(1, len(value) // 6)}
+        axis.plot(depth, value, style, color=colour(role), label=name(role), **look)
         if margins:
             low, high = value - margins[role], value + margins[role]
             axis.fill_between(depth, low, high, color=colour(role), alpha=0.15, lw=0)
@@ -165,4 +181,5 @@ def sorted_heads(axis, record: xr.Dataset, labels: list[str]) -> None:
         distance = part["distance"].values
         margin = np.abs(np.stack([part["distance_low"], part["distance_high"]]) - distance)
         rank = np.arange(1, len(distance) + 1)
-        axis.errorbar(rank, distance, margin, fmt="-o", color=colour, label=label, ms=4, capsize=2)
+        style = "-" + MARKERS[place % len(MARKERS)]
+        axis.errorbar(rank, distance, margin, fmt=style, color=colour, label=label, ms=4, capsize=2)

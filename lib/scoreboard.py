@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
@@ -31,7 +31,7 @@ from lib.claims import (
 )
 
 PAGE = ROOT / "book" / "_generated" / "scoreboard.md"
-STUDIES = ("lab", "tiny-imagenet-small", "tiny-imagenet", "imagenet")  # measured or not
+STUDIES = ("lab", "lab-long", "tiny-imagenet-small", "tiny-imagenet", "imagenet")  # measured or not
 MISSING = "not measured here"
 PARTS = {  # of a judgement, as columns
     "verdict": "verdict",
@@ -53,21 +53,21 @@ KINDS = {
     "missing": ("has", "have", "not been measured"),
 }
 HOLDS = {"learned", "holds", "before"}
-# Likewise, of what several studies say of one claim.
+# Likewise, of what two studies say of one claim.
 TOGETHER = {
     "before": (
         "holds",
         "hold",
-        "in each of them already before training: nothing that images have taught",
+        "in both already before training: nothing that images have taught",
     ),
-    "holds": ("holds", "hold", "in each of them, and in one at least not before training"),
-    "against": ("comes", "come", "out against the sentence in each of them, whatever the images"),
+    "holds": ("holds", "hold", "in both, and in one at least not before training"),
+    "against": ("comes", "come", "out against the sentence in both"),
     "differs": (
         "holds in one and comes",
         "hold in one and come",
-        "out against the sentence in another: a matter of images, or of what was learned of them",
+        "out against the sentence in the other",
     ),
-    "open": ("is", "are", "not decided in all of them"),
+    "open": ("is", "are", "not decided in one of them at least"),
 }
 
 
@@ -137,12 +137,12 @@ def page(studies: Mapping[str, Mapping[str, Finding]]) -> str:
     Parameters
     ----------
     studies : mapping
-        For every study what :func:`collect` found, nothing if it was never measured.
+        For every study what :func:`collect` found, nothing if it was never measured. The others
+        are compared with the first.
     """
     measured = {study: found for study, found in studies.items() if found}
     parts = [_summary(study, found) for study, found in measured.items()]
-    if len(measured) > 1:
-        parts.append(_comparison(measured))
+    parts += comparisons(studies).values()
     return "\n\n".join([*parts, _table(studies)]) + "\n"
 
 
@@ -156,11 +156,13 @@ def _summary(study, found) -> str:
     )
 
 
-def together(judgements: Iterable[Judgement | None]) -> str | None:
-    """Which of :data:`TOGETHER` a claim is, from several studies; None if not all measured it."""
-    kinds = set(map(kind, judgements))
-    if kinds & {"unmeasurable", "missing"}:
+def together(*judgements: Judgement | None) -> str | None:
+    """Which of :data:`TOGETHER` a claim is, by the studies that measured it; None by one alone."""
+    kinds = [kind(each) for each in judgements]
+    kinds = [each for each in kinds if each not in ("unmeasurable", "missing")]
+    if len(kinds) < 2:
         return None
+    kinds = set(kinds)
     if kinds <= HOLDS:
         return "before" if kinds == {"before"} else "holds"
     if kinds == {"against"}:
@@ -168,18 +170,26 @@ def together(judgements: Iterable[Judgement | None]) -> str | None:
     return "differs" if kinds <= HOLDS | {"against"} else "open"
 
 
-def _comparison(measured) -> str:
-    by_kind = {name: [] for name in TOGETHER}
-    for key in CLAIMS:
-        judged = (found[key].judgement if key in found else None for found in measured.values())
-        if verdict := together(judged):
-            by_kind[verdict].append(key)
-    names = " and ".join(f"`{study}`" for study in measured)
-    count = sum(map(len, by_kind.values()))
-    return _counts(f"Of the {count} claims that {names} have measured:", TOGETHER, by_kind)
+def comparisons(studies, home: str = "") -> dict[str, str]:
+    """By study what comes of its claims beside those of the first; links go to the page ``home``.
+
+    Studies that were never measured are left out.
+    """
+    first, *others = [study for study, found in studies.items() if found] or [None]
+    compared = {}
+    for other in others:
+        by_kind = {name: [] for name in TOGETHER}
+        for key in CLAIMS:
+            found = (studies[study].get(key) for study in (first, other))
+            if verdict := together(*(each and each.judgement for each in found)):
+                by_kind[verdict].append(key)
+        count = sum(map(len, by_kind.values()))
+        begin = f"Of the {count} claims that both `{first}` and `{other}` have measured:"
+        compared[other] = _counts(begin, TOGETHER, by_kind, home=home)
+    return compared
 
 
-def _counts(begin: str, said: dict, by_kind: dict[str, list[str]], reasons=None) -> str:
+def _counts(begin: str, said: dict, by_kind: dict, reasons=None, home: str = "") -> str:
     """A list of how many claims are of which kind, and which; those of one reason together."""
     lines = [begin, ""]
     for name, keys in by_kind.items():
@@ -187,7 +197,8 @@ def _counts(begin: str, said: dict, by_kind: dict[str, list[str]], reasons=None)
             one, several, rest = said[name]
             groups = {}
             for key in keys:
-                groups.setdefault((reasons or {}).get(key, ""), []).append(_anchor(CLAIMS[key]))
+                link = _anchor(CLAIMS[key], home)
+                groups.setdefault((reasons or {}).get(key, ""), []).append(link)
             links = "; ".join(
                 ", ".join(group) + (f" ({html.escape(why)})" if why else "")
                 for why, group in groups.items()
@@ -208,8 +219,9 @@ def _id(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _anchor(claim: Claim) -> str:
-    return f'<a href="#{_id(claim.key)}" title="{html.escape(claim.sentence)}">{claim.key}</a>'
+def _anchor(claim: Claim, home: str) -> str:
+    where, says = f"{home}#{_id(claim.key)}", html.escape(claim.sentence)
+    return f'<a href="{where}" title="{says}">{claim.key}</a>'
 
 
 def _table(studies) -> str:
@@ -299,10 +311,19 @@ def folders() -> dict[str, Path]:
     return {study: BOOK_CHAPTERS if study == "lab" else RECORDS / study for study in studies}
 
 
+def pieces(studies) -> dict[str, str]:
+    """What pages of the book include, by file name."""
+    compared = comparisons(studies, home="scoreboard.html")
+    return {PAGE.name: page(studies)} | {
+        f"compared-{study}.md": text + "\n" for study, text in compared.items()
+    }
+
+
 def write() -> None:
-    """Collect all studies and write what the scoreboard page includes."""
+    """Collect all studies and write what the scoreboard and the page on studies include."""
     studies = {study: collect(folder) for study, folder in folders().items()}
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(studies), encoding="utf-8")
+    for name, text in pieces(studies).items():
+        (PAGE.parent / name).write_text(text, encoding="utf-8")
     for study, found in studies.items():
         print(f"{study}: {len(found)} of {len(CLAIMS)} claims" if found else f"{study}: {MISSING}")

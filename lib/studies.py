@@ -109,6 +109,10 @@ class Trained(Study):
         """Where the weights are kept that come with the book."""
         return CHECKPOINTS / self.name
 
+    def weights(self, name: str) -> Path:
+        """The file of a trained role's weights; its card is beside it, as ``.json``."""
+        return self.checkpoints / f"{name}.safetensors"
+
     def training_data(self, role: Role, device) -> tuple:
         """What a role is trained on, and :class:`~lib.images.Images` for its curve and its card."""
         raise NotImplementedError
@@ -118,10 +122,10 @@ class Trained(Study):
         role = self.role(name)
         if name.endswith(UNTRAINED):
             return self._untrained(role)
-        path = self.checkpoints / f"{name}.safetensors"
+        path = self.weights(name)
         if not path.exists():
             raise FileNotFoundError(
-                f"no weights for the role {name!r} in {self.checkpoints.name}/; "
+                f"no weights for the role {name!r} in {path.parent.name}/; "
                 f"train them with: python -m lib train {self.option}{name}"
             )
         return training.read_checkpoint(self._untrained(role), path)
@@ -172,15 +176,17 @@ class Trained(Study):
                 for point in curve
             ],
         }
-        checkpoints = Path(checkpoints or self.checkpoints)
-        training.write_checkpoint(model, card, checkpoints / f"{name}.safetensors")
+        path = self.weights(name)
+        path = Path(checkpoints) / path.name if checkpoints else path
+        training.write_checkpoint(model, card, path)
         shutil.rmtree(folder, ignore_errors=True)
         return card
 
     def is_trained(self, name: str, checkpoints=None) -> bool:
         """Whether a folder holds a role's weights, trained by the recipe it has now."""
         recipe = json.loads(json.dumps(dataclasses.asdict(self.role(name).recipe)))
-        weights = Path(checkpoints or self.checkpoints) / f"{name}.safetensors"
+        weights = self.weights(name)
+        weights = Path(checkpoints) / weights.name if checkpoints else weights
         card = weights.with_suffix(".json")
         if not (weights.exists() and card.exists()):
             return False
@@ -189,7 +195,7 @@ class Trained(Study):
     @functools.cached_property
     def cards(self) -> dict[str, dict]:
         """The model cards of the trained roles, by role."""
-        paths = {name: self.checkpoints / f"{name}.json" for name in self.roles}
+        paths = {name: self.weights(name).with_suffix(".json") for name in self.roles}
         return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
     def those(self, *names: str) -> list[str]:
@@ -263,6 +269,31 @@ class Lab(Trained):
             images.scene_images(1024, "val", task=role.task),
             images.scene_images(TEST_IMAGES, task=role.task),
         )
+
+
+class LabLong(Lab):
+    """The lab with ViTs trained on five times as many scenes; its ResNets had learned theirs."""
+
+    name = "lab-long"
+    option = f"--study {name} "
+    _longer = Recipe(images=800_000, distinct=800_000)
+    roles: ClassVar[dict[str, Role]] = {
+        "vit": Role("vit", _longer, "the Vision Transformer, trained five times as long"),
+        "vit_other_seed": Role(
+            "vit", dataclasses.replace(_longer, seed=1), "its twin from another seed: the ceiling"
+        ),
+        "resnet": Lab.roles["resnet"],
+        "resnet_other_seed": Lab.roles["resnet_other_seed"],
+    }
+
+    @property
+    def checkpoints(self) -> Path:
+        return CHECKPOINTS / self.name
+
+    def weights(self, name: str) -> Path:
+        # What the lab has as well is the lab's network.
+        shared = self.roles[name] == Lab.roles.get(name)
+        return (CHECKPOINTS if shared else self.checkpoints) / f"{name}.safetensors"
 
 
 class TinyImagenet(Trained):
@@ -544,7 +575,7 @@ def data_folder() -> Path:
     return Path(os.environ.get("VIT_SEE_DATA", records.ROOT / "data"))
 
 
-STUDIES = {kind.name: kind for kind in (Lab, TinyImagenetSmall, TinyImagenet)}
+STUDIES = {kind.name: kind for kind in (Lab, LabLong, TinyImagenetSmall, TinyImagenet)}
 
 
 def study_names() -> list[str]:

@@ -3,14 +3,15 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
 
-from benchmarks import book, public, shared
+from benchmarks import book, precision, public, shared
 from lib.book import RECORDS
 
-NAMES = ("cost-cka", "cost-book", "cost-large", "cost-attention", "cost-public")
+NAMES = ("cost-cka", "cost-book", "cost-large", "cost-attention", "cost-precision", "cost-public")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,6 +80,39 @@ def test_the_public_record_has_every_network_of_the_studies_with_both_lists():
         work = row["forward"] + row["gram"]
         assert row["images_per_s_gpu"] == pytest.approx(1e3 * rows["gpu_tflops"] / work, rel=0.01)
         assert row["images_per_s_core"] == pytest.approx(rows["core_gflops"] / work, rel=0.01)
+
+
+def test_factors_of_products_are_rounded_to_ten_bits_and_what_is_added_is_not():
+    step = 2.0**-10
+    given = torch.tensor([1 + 0.4 * step, 1 + 0.5 * step, 1 + 0.6 * step, 1 + 1.5 * step, -3, 0.1])
+    nearest = [1, 1, 1 + step, 1 + 2 * step, -3, round(0.1 * 2**14) / 2**14]  # halves to even
+    assert precision.rounded(given).tolist() == nearest
+    assert torch.equal(precision.rounded(given.double()), given.double())
+    torch.manual_seed(0)
+    a, b, c = torch.rand(3, 7, 7).unbind()
+    lower = precision.rounded(a) @ precision.rounded(b)
+    assert not torch.equal(lower, a @ b)
+    layer, conv = torch.nn.Linear(7, 7), torch.nn.Conv1d(7, 7, 3)
+    with torch.no_grad(), precision.TF32():
+        for product in (a @ b, (a[None] @ b[None])[0], torch.addmm(c, a, b) - c):
+            assert torch.allclose(product, lower, rtol=0, atol=1e-6)
+        rounded = precision.rounded(a) @ precision.rounded(layer.weight).T + layer.bias
+        assert torch.allclose(layer(a), rounded, rtol=0, atol=1e-6)
+        with precision.TF32.paused():
+            assert not torch.allclose(a @ b, lower, rtol=0, atol=1e-6)
+            exact = conv(a[None])
+        assert (conv(a[None]) - exact).abs().max() > 1e-6
+
+
+def test_lower_precision_reaches_what_it_is_said_to_reach():
+    study = precision.Drawn(16)
+    exact = precision.cka(study, 8)
+    assert np.array_equal(exact, precision.cka(study, 8), equal_nan=True)
+    for lower in (precision.bfloat16, precision.TF32):
+        networks = precision.cka(study, 8, lower)
+        everything = precision.cka(study, 8, lower, networks_alone=False)
+        assert 0 < np.nanmax(np.abs(networks - exact)) < 0.1
+        assert not np.array_equal(networks, everything, equal_nan=True)
 
 
 def test_cost_counts_time_and_memory():

@@ -20,9 +20,9 @@ TOC = """\
 format: jb-book
 root: index
 parts:
-  - caption: On photographs
+  - caption: Other studies
     chapters:
-      - file: photographs
+      - file: studies
   - caption: Appendix
     chapters:
       - file: glossary
@@ -93,7 +93,7 @@ def write(tmp_path):
 
     def run():
         return columns.write(
-            tmp_path / "chapters", tmp_path / "records", tmp_path / "photographs",
+            tmp_path / "chapters", tmp_path / "records", tmp_path / "studies",
             tmp_path / "_toc.yml",
         )  # fmt: skip
 
@@ -110,11 +110,11 @@ def everything(folder):
 
 def test_each_figure_stands_beside_the_labs(write, tmp_path):
     (page,) = write()
-    assert page == tmp_path / "photographs" / "02-toy.md"
+    assert page == tmp_path / "studies" / "02-toy.md"
     text = page.read_text()
-    assert text.startswith("# A toy, on photographs\n")
+    assert text.startswith("# A toy, study by study\n")
     assert "{doc}`../chapters/02-toy`" in text
-    assert "{doc}`../photographs`" in text
+    assert "{doc}`../studies`" in text
     folder = page.with_suffix("")
     assert sorted(path.name for path in folder.iterdir()) == [
         "fig-toy-0-lab.png", "fig-toy-0-photos.png", "fig-toy-1-lab.png",
@@ -150,7 +150,7 @@ def test_verdicts_stand_side_by_side(write, tmp_path):
     assert "0.500 [0.400, 0.600]" in first[1]
     assert '<span class="verdict-contradicted">contradicted</span>' in first[2]
     assert "-0.500 [-0.600, -0.400]" in first[2]
-    assert first[0].endswith("Taken together: depends on the images</small>")
+    assert first[0].endswith("Taken together: depends on the study</small>")
     assert "<b>E01-stages</b>" in second[0]
     assert second[1] == "not measured"
     assert "supported" in second[2]
@@ -169,7 +169,7 @@ def test_where_numbers_come_from_and_code_that_has_changed(write, tmp_path):
 
 
 def test_the_same_notebooks_give_the_same_bytes_and_nothing_old_stays(write, tmp_path):
-    pages = tmp_path / "photographs"
+    pages = tmp_path / "studies"
     write()
     before = everything(tmp_path)
     (pages / "01-gone.md").write_text("of a record that was removed")
@@ -184,15 +184,15 @@ def test_pages_are_listed_exactly_while_they_exist(write, tmp_path):
         return [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
 
     write()
-    assert listed() == ["photographs", "photographs/02-toy", "glossary"]
+    assert listed() == ["studies", "studies/02-toy", "glossary"]
     chapter(tmp_path / "records" / "more" / "03-other.ipynb", [png(5)])
     assert [page.name for page in write()] == ["02-toy.md", "03-other.md"]
-    assert listed() == ["photographs", "photographs/02-toy", "photographs/03-other", "glossary"]
+    assert listed() == ["studies", "studies/02-toy", "studies/03-other", "glossary"]
     for path in (tmp_path / "records").glob("*/*.ipynb"):
         path.unlink()
     assert write() == []
     assert (tmp_path / "_toc.yml").read_text() == TOC
-    assert [path.name for path in (tmp_path / "photographs").iterdir()] == ["networks.txt"]
+    assert [path.name for path in (tmp_path / "studies").iterdir()] == ["networks.txt"]
 
 
 def test_large_pictures_get_fewer_colours(write, tmp_path):
@@ -200,7 +200,7 @@ def test_large_pictures_get_fewer_colours(write, tmp_path):
     assert len(large) > columns.LARGEST
     chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [large])
     write()
-    path = tmp_path / "photographs" / "02-toy" / "fig-toy-0-photos.png"
+    path = tmp_path / "studies" / "02-toy" / "fig-toy-0-photos.png"
     assert path.stat().st_size <= columns.LARGEST
     assert Image.open(path).size == (300, 300)
 
@@ -228,7 +228,7 @@ def test_a_line_that_says_what_is_missing_is_no_picture(write, tmp_path):
 
 def test_networks_are_those_of_the_cards(write, tmp_path):
     def networks():
-        return (tmp_path / "photographs" / "networks.txt").read_text()
+        return (tmp_path / "studies" / "networks.txt").read_text()
 
     write()
     assert networks().startswith("**Not measured here:**")
@@ -239,7 +239,7 @@ def test_networks_are_those_of_the_cards(write, tmp_path):
     }  # fmt: skip
     (tmp_path / "records" / "photos" / "vit.json").write_text(json.dumps(card))
     write()
-    assert "`photos`, accuracy on 10,000 photographs" in networks()
+    assert "`photos`, accuracy on 10,000 test images:" in networks()
     assert networks().splitlines()[-1] == (
         "| `vit` | 0.93 M | 480,000 | 24,000 | 1 | 0.123 [0.117, 0.130] | 90 min, one CPU |"
     )

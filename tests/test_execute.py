@@ -90,11 +90,25 @@ def test_chapters_that_run_together_give_the_same_in_the_same_order(workshop):
 
 
 def test_parameters_are_injected_behind_their_defaults(workshop):
-    (path,) = workshop.execute("1", {"n": 5, "study": "imagenet"})
-    assert printed(path) == ["5 imagenet\n"]
+    (path,) = workshop.execute("1", {"n": 5})
+    assert printed(path) == ["5 lab\n"]
     cells = nbformat.read(path, as_version=4).cells
     assert cells[1].id == "injected-parameters"
     assert "remove-cell" in cells[1].metadata.tags
+
+
+def test_a_run_on_another_study_says_what_its_text_is_about(workshop):
+    def ids(study):
+        (path,) = workshop.execute("1", {"study": study})
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        return [cell.id for cell in notebook.cells], notebook.cells[1].source
+
+    own, _ = ids("lab")
+    others, said = ids("imagenet")
+    assert others == [own[0], "other-study", *own[1:]]
+    assert "run on the study `imagenet`" in said
+    assert said.endswith("written about `lab`.")
 
 
 def test_words_in_the_place_of_a_number_are_pasted_without_its_format(workshop):

@@ -1,5 +1,7 @@
 """What pages show to readers, code and commands and numbers, runs and holds as it stands there."""
 
+import dataclasses
+import json
 import re
 import shlex
 import warnings
@@ -8,7 +10,7 @@ import matplotlib
 import pytest
 
 from lib import __main__
-from lib.records import ROOT
+from lib.book import RECORDS, ROOT
 from lib.studies import load_study
 
 PAGES = {
@@ -17,8 +19,8 @@ PAGES = {
 }
 
 
-def test_the_studies_of_photographs_are_as_the_page_says():
-    text = (ROOT / "book" / "photographs.md").read_text(encoding="utf-8")
+def test_other_studies_are_as_the_page_says():
+    text = (ROOT / "book" / "studies.md").read_text(encoding="utf-8")
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
     table = {row[0]: row[1:] for row in rows if len(row) == 3}
     for place, name in enumerate(("tiny-imagenet-small", "tiny-imagenet")):
@@ -35,6 +37,18 @@ def test_the_studies_of_photographs_are_as_the_page_says():
     small, large = (load_study(name) for name in ("tiny-imagenet-small", "tiny-imagenet"))
     assert small.size.width == load_study("lab").size.width
     assert f"ViT of {large.size.depth} blocks, width {large.size.width};" in text
+    lab, longer = (load_study(name) for name in ("lab", "lab-long"))
+    for name in ("vit", "vit_other_seed"):
+        short, long = lab.role(name).recipe, longer.role(name).recipe
+        times = long.images // short.images
+        assert long == dataclasses.replace(
+            short, images=times * short.images, distinct=times * short.distinct
+        )
+        assert times == 5
+        card = json.loads((RECORDS / "lab-long" / f"{name}.json").read_text())
+        resnet = name.replace("vit", "resnet")
+        assert 0.95 < card["accuracy"] / lab.cards[resnet]["accuracy"] < 1  # "nearly as often"
+        assert "trained on five times as\nmany scenes" in text
 
 
 def blocks(page):

@@ -177,13 +177,43 @@ def test_studies_are_compared_claim_by_claim(tmp_path, kinds, kind):
         judgements += [decide(CLAIMS["E01-grid"], ABOVE, ABOVE, None)] * (study == "lab")
         chapter(tmp_path / study, "02-finding", judgements)
         studies[study] = scoreboard.collect(tmp_path / study)
-    said = " claims that `lab` and `mine` have measured:\n"
+    said = " claims that both `lab` and `mine` have measured:\n"
     before, begin, rest = scoreboard.page(studies).partition(said)
     assert begin
     assert before.endswith(f"Of the {int(kind is not None)}")
     lines = [re.sub("<.*?>", "", line) for line in rest.splitlines() if line.startswith("- ")]
     one, _, says = scoreboard.TOGETHER.get(kind, [""] * 3)
     assert lines == ([f"- **1** {one} {says}: E01-uniform."] if kind else [])
+
+
+def test_each_study_is_compared_with_the_first_on_what_both_measured(tmp_path):
+    supported, contradicted = (decide(CLAIMS["E01-uniform"], at, at, None) for at in (ABOVE, BELOW))
+    only = decide(CLAIMS["E01-grid"], ABOVE, ABOVE, None)
+    for study, judgements in {
+        "lab": [supported], "longer": [contradicted, only], "photos": [supported, only],
+    }.items():  # fmt: skip
+        chapter(tmp_path / study, "02-finding", judgements)
+    studies = {each: scoreboard.collect(tmp_path / each) for each in ("lab", "longer", "photos")}
+    text = scoreboard.page({**studies, "imagenet": {}})
+    begins = [line for line in text.splitlines() if line.startswith("Of the ")]
+    assert begins == [
+        f"Of the 1 claims that both `lab` and `{other}` have measured:"
+        for other in ("longer", "photos")
+    ]
+    differs, holds = (
+        re.sub("<.*?>", "", part.partition("- ")[2]).partition("\n")[0]
+        for part in text.partition(begins[0])[2].split(begins[1])
+    )
+    assert differs.startswith("**1** holds in one and comes out against the sentence in the other")
+    assert holds.startswith("**1** holds in both, and in one at least not before training")
+
+
+def test_what_studies_make_of_a_claim_together_is_of_those_that_measured_it():
+    before, against = (decide(CLAIMS["E01-uniform"], *how) for how in ((ABOVE,) * 3, (BELOW,) * 3))
+    unknown = claims.unmeasurable(CLAIMS["E01-uniform"], "no ViT")
+    assert scoreboard.together(before, None, before, unknown) == "before"
+    assert scoreboard.together(before, before, against) == "differs"
+    assert scoreboard.together(before, None, unknown) is None
 
 
 def test_claims_that_one_thing_is_missing_for_stand_together(tmp_path):
@@ -255,9 +285,17 @@ def test_claims_are_worded_without_marks_of_html():
 
 def test_the_committed_page_is_what_the_committed_chapters_say():
     studies = {study: scoreboard.collect(path) for study, path in scoreboard.folders().items()}
-    assert scoreboard.PAGE.read_text(encoding="utf-8") == scoreboard.page(studies), (
-        "run `python -m lib pages`"
-    )
+    pieces = scoreboard.pieces(studies)
+    assert list(pieces)[1:] == ["compared-lab-long.md", "compared-tiny-imagenet-small.md"]
+    for name, text in pieces.items():
+        committed = (scoreboard.PAGE.parent / name).read_text(encoding="utf-8")
+        assert committed == text, "run `python -m lib pages`"
+    table = BeautifulSoup(pieces[scoreboard.PAGE.name], "html.parser").find("table")
+    rows = {f"scoreboard.html#{row['id']}" for row in table.tbody.find_all("tr")}
+    for text in list(pieces.values())[1:]:
+        links = {link["href"] for link in BeautifulSoup(text, "html.parser").find_all("a")}
+        assert links
+        assert links <= rows
 
 
 def test_the_page_accounts_for_every_experiment_of_the_paper():

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import nn
 
 from lib import images, models, records, studies, training
+from lib.__main__ import main
 from lib.scenes import TASKS
 from lib.studies import CHECKPOINTS, Lab, Role, load_study
 from lib.training import Recipe
@@ -95,6 +96,27 @@ def test_an_unknown_study_is_one_sentence_that_names_the_known_ones():
 def test_the_study_shows_its_roles(lab):
     assert repr(lab) == f"Study 'lab' with the roles {', '.join(lab.roles)}"
     assert len(lab.classes) == 16
+
+
+def test_what_was_not_trained_longer_is_the_labs_own(lab, tmp_path, monkeypatch, capsys):
+    longer = load_study("lab-long")
+    assert set(longer.roles) <= set(lab.roles)
+    for name in longer.roles:
+        own = longer.weights(name) == CHECKPOINTS / "lab-long" / f"{name}.safetensors"
+        assert own == (longer.role(name).recipe != lab.role(name).recipe) == name.startswith("vit")
+        assert own or longer.weights(name) == lab.weights(name)
+    assert longer.is_trained("resnet")
+    assert longer.cards["resnet"] == lab.cards["resnet"]
+    theirs = longer.model("resnet").state_dict()
+    assert all(torch.equal(theirs[key], w) for key, w in lab.model("resnet").state_dict().items())
+    # Where weights are missing, a sentence says how to make them.
+    monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="lib train --study lab-long vit") as error:
+        longer.model("vit")
+    assert "lab-long/" in one_sentence(error)
+    monkeypatch.undo()
+    assert main(["train", "--study", "lab-long", "resnet"]) == 0
+    assert "nothing to do: resnet" in capsys.readouterr().out
 
 
 def test_every_role_is_a_network_of_the_lab_and_says_what_it_is_for(lab):
