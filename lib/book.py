@@ -110,9 +110,10 @@ def execute(
         ThreadPoolExecutor(min(jobs, len(chosen))) as pool,
         tqdm(total=len(chosen), unit="chapter", disable=False) as bar,
     ):
+        # The longest chapters are the later ones: left to the end, they would run alone.
         running = {
             pool.submit(_executed, path, parameters, Path(scratch) / path.name): name
-            for name, path in chosen.items()
+            for name, path in reversed(chosen.items())
         }
         try:
             for future in as_completed(running):
