@@ -46,6 +46,12 @@ def chapters(source: Path = CHAPTERS) -> dict[str, Path]:
     return found
 
 
+def cards(folder: Path) -> dict[str, dict]:
+    """The model cards that are kept in a folder with what was measured, by role."""
+    paths = sorted(Path(folder).glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
 def parameters_of(path: Path) -> dict[str, str]:
     """The names a chapter's ``parameters`` cell sets, and their values as written there."""
     import papermill

@@ -16,6 +16,7 @@ import xarray as xr
 from IPython.display import HTML
 
 from lib.cka import alignment, jackknife_margin
+from lib.records import compared
 
 SUPPORTED, CONTRADICTED, INCONCLUSIVE = "supported", "contradicted", "inconclusive"
 UNMEASURABLE = "not measurable"
@@ -203,7 +204,8 @@ def estimate(claim: Claim, record: xr.Dataset, cast: dict[str, str] | None = Non
     """
     cast = {role: role for role in claim.roles} | (cast or {})
     actors = list(dict.fromkeys(cast.values()))
-    record = record.isel(tap=np.isin(record["role"], actors), other=np.isin(record["role"], actors))
+    taps = record["tap"][compared(record) & np.isin(record["role"], actors)].values
+    record = record.sel(tap=taps, other=taps)
     layers, places = {}, {}
     role, block = record["role"].values, record["block"].values
     for actor in actors:

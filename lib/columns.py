@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.book import BOOK_CHAPTERS, RECORDS, ROOT
+from lib.book import BOOK_CHAPTERS, RECORDS, ROOT, cards
 from lib.claims import CLAIMS, badge
 from lib.scoreboard import Finding, collect, together
 
@@ -259,8 +259,7 @@ def _networks(folders: dict[str, Path]) -> str:
     """What the model cards of all studies but the lab say, as tables."""
     tables = []
     for study, folder in folders.items():
-        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        if found:
+        if found := list(cards(folder).values()):
             rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_card, found)]
             tables += [
                 f"`{study}`, accuracy on {found[0]['test_images']:,} test images:",

@@ -117,17 +117,19 @@ def between(record: xr.Dataset, rows: str, columns: str, *, blocks=False, variab
         if role not in known:
             raise ValueError(f"this record has no role {role!r}; it has {', '.join(known)}")
 
-    # Measurements that rode along may have brought taps that have no likeness to others.
-    compared = np.isin(record["tap"].values, record["other"].values)
-
     def taps(role):
-        keep = compared & (record["role"].values == role)
+        keep = compared(record) & (record["role"].values == role)
         return record["tap"][keep & record["block"].values if blocks else keep]
 
     tap, other = taps(rows), taps(columns)
     part = record[variable].sel(tap=tap.values, other=other.values)
     part = part.drop_vars([name for name in part.coords if name not in ("tap", "other")])
     return part.assign_coords(tap=tap["layer"].values, other=other["layer"].values)
+
+
+def compared(record: xr.Dataset) -> np.ndarray:
+    """Which taps (tap,) of a square record have a likeness to others: not those that rode along."""
+    return np.isin(record["tap"].values, record["other"].values)
 
 
 def provenance(**facts) -> dict[str, str]:

@@ -109,9 +109,9 @@ class Trained(Study):
         """Where the weights are kept that come with the book."""
         return CHECKPOINTS / self.name
 
-    def weights(self, name: str) -> Path:
-        """The file of a trained role's weights; its card is beside it, as ``.json``."""
-        return self.checkpoints / f"{name}.safetensors"
+    def weights(self, name: str, folder=None) -> Path:
+        """The file of a role's weights, in the study's folder or another; its card is beside it."""
+        return Path(folder or self.checkpoints) / f"{name}.safetensors"
 
     def training_data(self, role: Role, device) -> tuple:
         """What a role is trained on, and :class:`~lib.images.Images` for its curve and its card."""
@@ -176,17 +176,14 @@ class Trained(Study):
                 for point in curve
             ],
         }
-        path = self.weights(name)
-        path = Path(checkpoints) / path.name if checkpoints else path
-        training.write_checkpoint(model, card, path)
+        training.write_checkpoint(model, card, self.weights(name, checkpoints))
         shutil.rmtree(folder, ignore_errors=True)
         return card
 
     def is_trained(self, name: str, checkpoints=None) -> bool:
         """Whether a folder holds a role's weights, trained by the recipe it has now."""
         recipe = json.loads(json.dumps(dataclasses.asdict(self.role(name).recipe)))
-        weights = self.weights(name)
-        weights = Path(checkpoints) / weights.name if checkpoints else weights
+        weights = self.weights(name, checkpoints)
         card = weights.with_suffix(".json")
         if not (weights.exists() and card.exists()):
             return False
@@ -290,10 +287,10 @@ class LabLong(Lab):
     def checkpoints(self) -> Path:
         return CHECKPOINTS / self.name
 
-    def weights(self, name: str) -> Path:
+    def weights(self, name: str, folder=None) -> Path:
         # What the lab has as well is the lab's network.
         shared = self.roles[name] == Lab.roles.get(name)
-        return (CHECKPOINTS if shared else self.checkpoints) / f"{name}.safetensors"
+        return super().weights(name, folder or (CHECKPOINTS if shared else None))
 
 
 class TinyImagenet(Trained):

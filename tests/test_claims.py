@@ -276,6 +276,25 @@ def test_an_estimate_is_the_statistic_with_a_jackknife_over_groups():
     assert margin == pytest.approx(float(jackknife_margin(hsic, statistic)))
 
 
+def test_taps_that_only_rode_along_leave_an_estimate_as_it_is():
+    record = record_of(lambda a, i, b, j: 0.3 + 0.1 * (i == j), small("vit", "resnet"))
+    claim = claim_of(lambda maps: maps.all("vit", "resnet").mean(), ("vit", "resnet"))
+    maps_of_heads = xr.Dataset(
+        {"distance": ("tap", [1.0, 2.0])},
+        coords={
+            "tap": ["vit/blocks.0.attn", "vit/blocks.1.attn"],
+            "role": ("tap", ["vit"] * 2),
+            "layer": ("tap", ["blocks.0.attn", "blocks.1.attn"]),
+            "block": ("tap", [False] * 2),
+        },
+    )
+    both = xr.merge([record, maps_of_heads], join="outer", compat="no_conflicts")
+    both["block"] = both["block"].astype(bool)
+    assert both.sizes["tap"] == record.sizes["tap"] + 2
+    assert both.sizes["other"] == record.sizes["other"]
+    assert estimate(claim, both) == estimate(claim, record)
+
+
 def test_maps_are_the_right_way_round_and_know_their_layers():
     record = record_of(
         lambda a, i, b, j: 0.5 if a == b else _cell(a, i, b, j), small("vit", "resnet")
