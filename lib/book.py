@@ -394,9 +394,10 @@ def _execute_study(name: str, names, parameters: dict) -> None:
         start = time.perf_counter()
         (path,) = execute(stem, values, RECORDS / study.name, CHAPTERS)
         print(f"{_short(path)} in {time.perf_counter() - start:.0f} s", flush=True)
-    for role, card in study.cards.items():  # what was measured, where its weights are not kept
-        card_of_role = RECORDS / study.name / f"{role}.json"
-        card_of_role.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    for role, card in study.cards.items():  # of what was measured and is kept nowhere else
+        if card["study"] == study.name:
+            card_of_role = RECORDS / study.name / f"{role}.json"
+            card_of_role.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     if explorer.CHAPTER in chosen:
         explorer.write(explorer.measured(study=name, **parameters))
     write_pages()

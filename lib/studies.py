@@ -268,29 +268,50 @@ class Lab(Trained):
         )
 
 
-class LabLong(Lab):
-    """The lab with ViTs trained on five times as many scenes; its ResNets had learned theirs."""
+class LabAnew(Lab):
+    """The lab with some networks trained anew: a role that is the lab's has the lab's network."""
 
-    name = "lab-long"
-    option = f"--study {name} "
-    _longer = Recipe(images=800_000, distinct=800_000)
-    roles: ClassVar[dict[str, Role]] = {
-        "vit": Role("vit", _longer, "the Vision Transformer, trained five times as long"),
-        "vit_other_seed": Role(
-            "vit", dataclasses.replace(_longer, seed=1), "its twin from another seed: the ceiling"
-        ),
-        "resnet": Lab.roles["resnet"],
-        "resnet_other_seed": Lab.roles["resnet_other_seed"],
-    }
+    @property
+    def option(self) -> str:
+        return f"--study {self.name} "
 
     @property
     def checkpoints(self) -> Path:
         return CHECKPOINTS / self.name
 
     def weights(self, name: str, folder=None) -> Path:
-        # What the lab has as well is the lab's network.
         shared = self.roles[name] == Lab.roles.get(name)
         return super().weights(name, folder or (CHECKPOINTS if shared else None))
+
+
+class LabThirdSeed(LabAnew):
+    """The lab with a ViT and a ResNet from a third seed in the places of the first."""
+
+    name = "lab-third-seed"
+    roles: ClassVar[dict[str, Role]] = {
+        # Parts of a training, and further training, are of the first.
+        **{
+            name: role
+            for name, role in Lab.roles.items()
+            if role.start is None and role.recipe.until == 1
+        },
+        "vit": Role("vit", Recipe(seed=2), "the Vision Transformer, from a third seed"),
+        "resnet": Role("resnet", Recipe(seed=2), "the convolutional network, from a third seed"),
+    }
+
+
+class LabLong(LabAnew):
+    """The lab with ViTs trained on five times as many scenes; the others had learned theirs."""
+
+    name = "lab-long"
+    _longer = Recipe(images=800_000, distinct=800_000)
+    roles: ClassVar[dict[str, Role]] = {
+        "vit": Role("vit", _longer, "the Vision Transformer, trained five times as long"),
+        "vit_other_seed": Role(
+            "vit", dataclasses.replace(_longer, seed=1), "its twin from another seed: the ceiling"
+        ),
+        **{name: Lab.roles[name] for name in ("resnet", "resnet_other_seed", "mixer")},
+    }
 
 
 class TinyImagenet(Trained):
@@ -572,7 +593,9 @@ def data_folder() -> Path:
     return Path(os.environ.get("VIT_SEE_DATA", records.ROOT / "data"))
 
 
-STUDIES = {kind.name: kind for kind in (Lab, LabLong, TinyImagenetSmall, TinyImagenet)}
+STUDIES = {
+    kind.name: kind for kind in (Lab, LabThirdSeed, LabLong, TinyImagenetSmall, TinyImagenet)
+}
 
 
 def study_names() -> list[str]:

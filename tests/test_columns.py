@@ -265,7 +265,8 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(book, "CHAPTERS", tmp_path / "chapters")
     monkeypatch.setattr(book, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(book, "write_pages", lambda: print("pages are made"))
-    monkeypatch.setattr(TinyImagenetSmall, "cards", {"vit": {"role": "vit"}})
+    cards = {"vit": {"study": "tiny-imagenet-small"}, "shared": {"study": "lab"}}
+    monkeypatch.setattr(TinyImagenetSmall, "cards", cards)
     return tmp_path
 
 
@@ -279,7 +280,8 @@ def test_chapters_that_measure_are_executed_on_a_study(workshop, more, printed, 
     (path,) = (workshop / "records").rglob("*.ipynb")
     assert path == workshop / "records" / "tiny-imagenet-small" / "05-all.ipynb"
     assert nbformat.read(path, as_version=4).cells[-1].outputs[0].text == printed
-    assert json.loads((path.parent / "vit.json").read_text()) == {"role": "vit"}
+    kept = book.cards(path.parent)
+    assert kept == {"vit": {"study": "tiny-imagenet-small"}}  # a card of the lab is kept there
 
 
 def test_what_cannot_be_executed_on_a_study_is_one_sentence(workshop, capsys):

@@ -8,8 +8,9 @@ import warnings
 import matplotlib
 import pytest
 
-from lib import __main__, book
+from lib import __main__, book, scoreboard
 from lib.book import ROOT
+from lib.claims import CONTRADICTED, SUPPORTED
 from lib.studies import load_study
 
 PAGES = {
@@ -44,11 +45,44 @@ def test_other_studies_are_as_the_page_says():
             short, images=times * short.images, distinct=times * short.distinct
         )
         assert times == 5
-        kept = book.cards(book.RECORDS / "lab-long")
-        resnet = kept[name.replace("vit", "resnet")]
-        assert 0.95 < kept[name]["accuracy"] / resnet["accuracy"] < 1
+        resnet = lab.cards[name.replace("vit", "resnet")]
+        card = book.cards(book.RECORDS / "lab-long")[name]
+        assert 0.95 < card["accuracy"] / resnet["accuracy"] < 1
     assert "trained on five times as\nmany scenes" in text
     assert "right nearly as often as the ResNets" in text
+
+
+def test_other_studies_found_what_the_chapters_say_of_them():
+    lab, third, long = (
+        {key: found.judgement for key, found in scoreboard.collect(folder).items()}
+        for folder in (
+            book.BOOK_CHAPTERS,
+            book.RECORDS / "lab-third-seed",
+            book.RECORDS / "lab-long",
+        )
+    )
+    # Chapter 2: "one is more uniform than here, its twin less, and both far more so"
+    uniform = "E01-uniform"
+    assert long[uniform].trained.low > lab[uniform].trained.high
+    assert long[uniform].other_seed.high < lab[uniform].other_seed.low
+    assert long[uniform].other_seed.low > 0.4
+    # "with ViTs that were trained five times as long, the claim is undecided"
+    kinship = "E22-kinship"
+    assert lab[kinship].verdict == third[kinship].verdict == CONTRADICTED
+    for estimate in (long[kinship].trained, long[kinship].other_seed):
+        assert estimate.low < 0 < estimate.high
+    # "A third seed sides with the twin on equal depth, and with the first ViT on the other two"
+    for key, twin in (("E21-diagonal", True), ("E02-last-third", False), ("E22-blocks", False)):
+        first, other = lab[key].trained.value, lab[key].other_seed.value
+        one, its = third[key].trained.value, third[key].other_seed.value
+        assert its == pytest.approx(other, abs=1e-4)
+        assert (abs(one - other) < abs(one - first)) == twin
+    # Chapter 3: "Five times the training brings none either"
+    assert lab["E03-local"].verdict == long["E03-local"].verdict == CONTRADICTED
+    # The page: of the lab and each of the two, no claim reverses.
+    for other in (third, long):
+        verdicts = [{lab[key].verdict, judged.verdict} for key, judged in other.items()]
+        assert {SUPPORTED, CONTRADICTED} not in verdicts
 
 
 def blocks(page):

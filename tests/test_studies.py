@@ -98,13 +98,33 @@ def test_the_study_shows_its_roles(lab):
     assert len(lab.classes) == 16
 
 
-def test_what_was_not_trained_longer_is_the_labs_own(lab, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("study", "anew"),
+    [("lab-third-seed", {"vit", "resnet"}), ("lab-long", {"vit", "vit_other_seed"})],
+)
+def test_what_was_not_trained_anew_is_the_labs_own(lab, study, anew):
+    again = load_study(study)
+    assert anew < set(again.roles) < set(lab.roles)
+    for name in again.roles:
+        home = CHECKPOINTS / study if name in anew else CHECKPOINTS
+        assert again.weights(name) == home / f"{name}.safetensors"
+        assert (again.role(name).recipe != lab.role(name).recipe) == (name in anew)
+
+
+def test_a_third_seed_is_neither_of_the_labs(lab):
+    third = load_study("lab-third-seed")
+    for family in ("vit", "resnet"):
+        recipe = third.role(family).recipe
+        twins = [lab.role(name).recipe for name in (family, f"{family}_other_seed")]
+        assert [dataclasses.replace(recipe, seed=twin.seed) for twin in twins] == twins
+        assert len({recipe.seed, *(twin.seed for twin in twins)}) == 3
+    # What was trained further, or stopped on the way, is another network's.
+    assert not [name for name in third.roles if "tuned" in name or "after" in name]
+    assert third.has("vit_data_03", "resnet_data_03", "vit_gap", "mixer", "vit_no_skip_middle")
+
+
+def test_what_the_lab_has_trained_is_not_trained_again(lab, tmp_path, monkeypatch, capsys):
     longer = load_study("lab-long")
-    assert set(longer.roles) <= set(lab.roles)
-    for name in longer.roles:
-        own = longer.weights(name) == CHECKPOINTS / "lab-long" / f"{name}.safetensors"
-        assert own == (longer.role(name).recipe != lab.role(name).recipe) == name.startswith("vit")
-        assert own or longer.weights(name) == lab.weights(name)
     assert longer.is_trained("resnet")
     assert longer.cards["resnet"] == lab.cards["resnet"]
     theirs = longer.model("resnet").state_dict()
