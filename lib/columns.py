@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.book import BOOK_CHAPTERS, RECORDS, ROOT, cards
 from lib.claims import CLAIMS, badge
-from lib.scoreboard import Finding, collect, together
+from lib.scoreboard import STUDIES, Finding, collect, together
 
 PAGES = ROOT / "book" / "studies"
 TOC = ROOT / "book" / "_toc.yml"
@@ -54,7 +54,8 @@ def write(lab=BOOK_CHAPTERS, records=RECORDS, pages=PAGES, toc=TOC) -> list[Path
         The pages, in the order of the book.
     """
     pages = Path(pages)
-    folders = {folder.name: folder for folder in sorted(Path(records).iterdir()) if folder.is_dir()}
+    run = {folder.name: folder for folder in sorted(Path(records).iterdir()) if folder.is_dir()}
+    folders = {study: run[study] for study in dict.fromkeys([*STUDIES, *run]) if study in run}
     found = {study: collect(folder) for study, folder in {"lab": Path(lab), **folders}.items()}
     pages.mkdir(parents=True, exist_ok=True)
     for old in filter(_is_chapter, pages.iterdir()):
@@ -134,7 +135,7 @@ def _write_page(lab: Path, others: dict[str, Path], found: dict, pages: Path) ->
         f"# {title}, study by study",
         "",
         f"The figures and claims of {{doc}}`../{lab.parent.name}/{lab.stem}`, which explains them, "
-        f"in the lab and in {' and '.join(f'`{study}`' for study in others)} "
+        f"in {', '.join(['the lab', *(f'`{study}`' for study in others)])} "
         f"({{doc}}`../{pages.name}`). The code is the chapter's for all columns; numbers of images "
         "may differ and are at the end.",
         "",
