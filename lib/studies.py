@@ -102,7 +102,11 @@ class Trained(Study):
 
     classes: Sequence[str]
     size = models.LAB
-    option = ""  # of the command line, to name the study
+
+    @property
+    def option(self) -> str:
+        """What names the study on the command line of ``train``."""
+        return f"--study {self.name} "
 
     @property
     def checkpoints(self) -> Path:
@@ -205,6 +209,7 @@ class Lab(Trained):
     """Procedural scenes and the small matched networks trained on them by this repository."""
 
     name = "lab"
+    option = ""  # the study of commands that name none
     classes = scenes.CLASSES
     roles: ClassVar[dict[str, Role]] = {
         "vit": Role("vit", Recipe(), "the Vision Transformer, read from its class token"),
@@ -271,13 +276,7 @@ class Lab(Trained):
 class LabAnew(Lab):
     """The lab with some networks trained anew: a role that is the lab's has the lab's network."""
 
-    @property
-    def option(self) -> str:
-        return f"--study {self.name} "
-
-    @property
-    def checkpoints(self) -> Path:
-        return CHECKPOINTS / self.name
+    option, checkpoints = Trained.option, Trained.checkpoints
 
     def weights(self, name: str, folder=None) -> Path:
         shared = self.roles[name] == Lab.roles.get(name)
@@ -365,10 +364,6 @@ class TinyImagenet(Trained):
             **_parts_of_training("vit", one),
             **_parts_of_training("resnet", one),
         }
-
-    @property
-    def option(self) -> str:
-        return f"--study {self.name} "
 
     @functools.cached_property
     def root(self) -> Path:
