@@ -25,7 +25,17 @@ import xarray as xr
 ROOT = Path(__file__).resolve().parent.parent
 
 # Whoever changes these modules changes no measured number.
-_INERT = {"__main__", "book", "claims", "columns", "explorer", "plots", "scoreboard", "training"}
+_INERT = {
+    "__main__",
+    "book",
+    "claims",
+    "columns",
+    "explorer",
+    "masked",
+    "plots",
+    "scoreboard",
+    "training",
+}
 _PACKAGES = ("torch", "timm", "numpy", "torchmetrics")
 
 

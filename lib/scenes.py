@@ -48,17 +48,24 @@ class Task(NamedTuple):
     purpose     : the question, in words
     labels      : the answers (n,), from scenes
     wavelengths : of the textures, in pixels
+    contrast    : of the textures, from their darkest to their brightest; black to white is 1
     """
 
     purpose: str
     labels: Callable[[Scenes], Tensor]
     wavelengths: tuple[float, float] = (3.4, 5.2)
+    contrast: tuple[float, float] = (0.4, 0.8)
 
 
 TASKS = {
     "object": Task("shape and texture of the object", lambda drawn: drawn.labels),
     "fine textures": Task(
         "the same of objects with finer textures", lambda drawn: drawn.labels, (2.4, 3.4)
+    ),
+    "faint textures": Task(
+        "the same of objects whose textures may be too faint to see",
+        lambda drawn: drawn.labels,
+        contrast=(0.0, 0.8),
     ),
     "colour": Task(
         "which of red, green and blue the object has much of",
@@ -95,7 +102,7 @@ def draw(indices, split: str = "train", seed: int = 0, task: str = "object") -> 
     if not 0 <= seed < 2**12 // len(SPLITS):
         raise ValueError(f"seeds of scenes go from 0 to {2**12 // len(SPLITS) - 1}; got {seed}")
     chunks, position = torch.unique(indices // CHUNK, return_inverse=True)
-    drawn = [_draw_chunk(int(chunk), split, seed, TASKS[task].wavelengths) for chunk in chunks]
+    drawn = [_draw_chunk(int(chunk), split, seed, TASKS[task]) for chunk in chunks]
     rows = position * CHUNK + indices % CHUNK
     found = Scenes(*(torch.cat(field)[rows] for field in zip(*drawn, strict=True)))
     return found._replace(labels=TASKS[task].labels(found))
@@ -106,7 +113,7 @@ def to_input(images: Tensor) -> Tensor:
     return (images.float() / 255 - 0.5) / 0.25
 
 
-def _draw_chunk(chunk: int, split: str, seed: int, wavelengths: tuple[float, float]) -> Scenes:
+def _draw_chunk(chunk: int, split: str, seed: int, task: Task) -> Scenes:
     n = CHUNK
     stream = torch.Generator().manual_seed(
         (seed * len(SPLITS) + SPLITS.index(split)) * CHUNKS + chunk
@@ -134,9 +141,7 @@ def _draw_chunk(chunk: int, split: str, seed: int, wavelengths: tuple[float, flo
         blob = _coverage(radius - torch.hypot(x - centre[:, 0], y - centre[:, 1]))
         blob_colour = uniform(n, 3, 1, 1, low=0.2, high=0.8)
         kind = torch.randint(len(TEXTURES), (n,), generator=stream)
-        canvas = torch.lerp(
-            canvas, blob_colour + _texture(kind, wavelengths, stream), blob[:, None]
-        )
+        canvas = torch.lerp(canvas, blob_colour + _texture(kind, task, stream), blob[:, None])
 
     shape = torch.randint(len(SHAPES), (n,), generator=stream)
     texture = torch.randint(len(TEXTURES), (n,), generator=stream)
@@ -144,7 +149,7 @@ def _draw_chunk(chunk: int, split: str, seed: int, wavelengths: tuple[float, flo
     radius = uniform(n, 1, 1, low=7.5, high=10)
     angle = uniform(n, 1, 1, low=-1, high=1) * math.radians(15)
     mask = _outline(shape, x - centre[:, 0], y - centre[:, 1], radius, angle)
-    canvas = torch.lerp(canvas, colour + _texture(texture, wavelengths, stream), mask[:, None])
+    canvas = torch.lerp(canvas, colour + _texture(texture, task, stream), mask[:, None])
 
     canvas = canvas + 0.04 * torch.randn(n, 3, SIZE, SIZE, generator=stream)
     images = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -162,7 +167,7 @@ def _one_over_f(n: int, exponent: float, stream: torch.Generator) -> Tensor:
     return (noise / noise.std(dim=(2, 3), keepdim=True)).float()
 
 
-def _texture(kind: Tensor, wavelengths, stream: torch.Generator) -> Tensor:
+def _texture(kind: Tensor, task: Task, stream: torch.Generator) -> Tensor:
     """Zero-mean grey textures (n, 1, 32, 32) of the kinds named in TEXTURES.
 
     Each is a sum of plane waves of one wavelength: stripes have one wave, a plaid has two at right
@@ -173,9 +178,9 @@ def _texture(kind: Tensor, wavelengths, stream: torch.Generator) -> Tensor:
     def uniform(*shape, low, high):
         return torch.rand(*shape, generator=stream) * (high - low) + low
 
-    shortest, longest = wavelengths
+    (shortest, longest), (faintest, strongest) = task.wavelengths, task.contrast
     frequency = 2 * math.pi / uniform(n, 1, low=shortest, high=longest)
-    contrast = uniform(n, 1, low=0.4, high=0.8) / 2
+    contrast = uniform(n, 1, low=faintest, high=strongest) / 2
     tilt = uniform(n, low=-1, high=1) * math.radians(25)
     phase = uniform(n, waves, low=0, high=2 * math.pi)
     direction = uniform(n, waves, low=0, high=2 * math.pi)

@@ -36,6 +36,8 @@ STUDIES = (
     "lab",
     "lab-third-seed",
     "lab-long",
+    "lab-faint",
+    "lab-masked",
     "tiny-imagenet-small",
     "tiny-imagenet",
     "imagenet",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import hub, images, models, photographs, records, scenes, tiny_imagenet, training
+from lib.masked import MaskedRecipe
 from lib.scenes import TASKS
 from lib.training import CroppingRecipe, Recipe
 
@@ -29,6 +30,7 @@ RUNS = records.ROOT / "runs"
 TEST_IMAGES = 4096
 UNTRAINED = "_untrained"
 TUNING = Recipe(images=16_000, distinct=16_000, lr=3e-4, warmup_steps=50, seed=7)
+TUNED_TO = ("object", "fine textures", "colour")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +212,7 @@ class Lab(Trained):
 
     name = "lab"
     option = ""  # the study of commands that name none
+    task = "object"
     classes = scenes.CLASSES
     roles: ClassVar[dict[str, Role]] = {
         "vit": Role("vit", Recipe(), "the Vision Transformer, read from its class token"),
@@ -247,7 +250,7 @@ class Lab(Trained):
                 ("vit_other_seed", "vit"),
                 ("resnet", "resnet"),
             )
-            for task in TASKS
+            for task in TUNED_TO
         },
     }
 
@@ -257,7 +260,7 @@ class Lab(Trained):
 
     def images(self, n: int, seed: int = 0) -> images.Images:
         """``n`` test scenes that no network was trained on."""
-        return images.scene_images(n, "test", seed)
+        return images.scene_images(n, "test", seed, self.task)
 
     def to_input(self, pixels: Tensor, role: str) -> Tensor:
         """uint8 pixels -> what the role's network takes; the same for all networks of the lab."""
@@ -308,6 +311,30 @@ class LabLong(LabAnew):
         "vit": Role("vit", _longer, "the Vision Transformer, trained five times as long"),
         "vit_other_seed": Role(
             "vit", dataclasses.replace(_longer, seed=1), "its twin from another seed: the ceiling"
+        ),
+        **{name: Lab.roles[name] for name in ("resnet", "resnet_other_seed", "mixer")},
+    }
+
+
+class LabFaint(LabAnew):
+    """The lab with harder scenes, whose textures have less contrast, down to none at all."""
+
+    name = "lab-faint"
+    task = "faint textures"
+    roles: ClassVar[dict[str, Role]] = {
+        name: dataclasses.replace(Lab.roles[name], task="faint textures")
+        for name in ("vit", "vit_other_seed", "vit_gap", "resnet", "resnet_other_seed")
+    }
+
+
+class LabMasked(LabAnew):
+    """The lab with ViTs that learned without labels, by painting what they were not shown."""
+
+    name = "lab-masked"
+    roles: ClassVar[dict[str, Role]] = {
+        "vit": Role("vit", MaskedRecipe(), "the Vision Transformer, trained without labels"),
+        "vit_other_seed": Role(
+            "vit", MaskedRecipe(seed=1), "its twin from another seed: the ceiling"
         ),
         **{name: Lab.roles[name] for name in ("resnet", "resnet_other_seed", "mixer")},
     }
@@ -589,7 +616,16 @@ def data_folder() -> Path:
 
 
 STUDIES = {
-    kind.name: kind for kind in (Lab, LabThirdSeed, LabLong, TinyImagenetSmall, TinyImagenet)
+    kind.name: kind
+    for kind in (
+        Lab,
+        LabThirdSeed,
+        LabLong,
+        LabFaint,
+        LabMasked,
+        TinyImagenetSmall,
+        TinyImagenet,
+    )
 }
 
 

@@ -75,6 +75,17 @@ class Recipe:
         """What the network is shown of a step's images: themselves."""
         return pixels
 
+    def learner(self, model: nn.Module) -> nn.Module:
+        """What learns: the network, and whatever it takes to train it. Scored as the network."""
+        return model
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        """What a step makes smaller: the cross-entropy of the images' classes."""
+        return F.cross_entropy(model(images).float(), labels)
+
+    def prepare(self, model: nn.Module, data, to_input) -> None:
+        """Prepare a learner to be scored: its classifier has been trained along."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CroppingRecipe(Recipe):
@@ -138,6 +149,7 @@ def train(
     model : nn.Module
         A freshly initialised network; its weights are replaced when there is something to resume.
     recipe : Recipe
+        With the ``learner`` that it makes of the network.
     data : indexable by a tensor of indices
         Gives ``(uint8 pixels, labels)``; of length ``recipe.distinct``.
     held_out : (uint8 pixels, labels)
@@ -159,7 +171,7 @@ def train(
     if recipe.distinct % recipe.batch_size:
         raise ValueError("the number of distinct images must be a multiple of the batch size")
     path = Path(folder) / "state.pt"
-    model.to(device)
+    model = recipe.learner(model).to(device)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
@@ -201,14 +213,14 @@ def train(
                     block.skip = recipe.skip(step)
                 pixels = recipe.augmented(pixels.to(device), step)
                 with torch.autocast(device_type, dtype=torch.bfloat16):
-                    logits = model(to_input(pixels))
-                loss = F.cross_entropy(logits.float(), labels.to(device))
+                    loss = recipe.loss(model, to_input(pixels), labels.to(device), step)
                 optimiser.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
                 optimiser.step()
                 loss_sum, since = loss_sum + loss.item(), since + 1
                 if (step + 1) % point == 0 or step + 1 == recipe.end:
+                    recipe.prepare(model, data, to_input)
                     accuracy = score(model, *held_out, device, to_input)
                     seen = (step + 1) * recipe.batch_size
                     curve.append(

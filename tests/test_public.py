@@ -78,6 +78,8 @@ def test_the_book_has_three_sizes():
         "lab",
         "lab-third-seed",
         "lab-long",
+        "lab-faint",
+        "lab-masked",
         "tiny-imagenet-small",
         "tiny-imagenet",
         *SHIPPED,

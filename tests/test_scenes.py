@@ -191,6 +191,26 @@ def test_fine_textures_are_finer_and_nothing_else(many):
     assert 1.3 < roughness(drawn.images) / roughness(many.images[:512]) < 2.5
 
 
+def test_faint_textures_are_fainter_and_nothing_else(many):
+    drawn = scenes.draw(range(512), task="faint textures")
+    for field in ("labels", "boxes", "centres", "colours"):
+        assert torch.equal(getattr(drawn, field), getattr(many, field)[:512])
+    # The same waves, whose contrast is drawn from 0..0.8 where it was from 0.4..0.8. At u of the
+    # way from the lowest to the highest, the two have a ratio of 0.8 u to 0.4 + 0.4 u.
+    kinds, ratios = torch.arange(4).repeat(64), []
+    for task in ("faint textures", "object"):
+        stream = torch.Generator().manual_seed(0)
+        ratios.append(scenes._texture(kinds, scenes.TASKS[task], stream).flatten(1))
+    faint, strong = ratios
+    ratio = (faint * strong).sum(1) / strong.square().sum(1)
+    torch.testing.assert_close(faint, ratio[:, None] * strong)
+    u = 0.4 * ratio / (0.8 - 0.4 * ratio)
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 0.01
+    # Of what pictures vary within the object, about half is left.
+    one, other = (pixels[:512, :, 12:20, 12:20].float() for pixels in (drawn.images, many.images))
+    assert 0.4 < float((one.std((2, 3)) / other.std((2, 3))).mean()) < 0.9
+
+
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match=r"^there is no task 'objects'; use one of object, fine"):
         scenes.draw([0], task="objects")
@@ -350,7 +370,7 @@ def test_all_textures_have_the_same_mean_and_variance():
     n = 2048
     for kind in range(4):
         stream = torch.Generator().manual_seed(kind)
-        texture = scenes._texture(torch.full((n,), kind), (3.4, 5.2), stream)
+        texture = scenes._texture(torch.full((n,), kind), scenes.TASKS["object"], stream)
         assert texture.shape == (n, 1, 32, 32)
         # Half the mean square of an amplitude that is uniform in 0.2..0.4.
         expected = (0.4**3 - 0.2**3) / (3 * 0.2) / 2
@@ -362,7 +382,7 @@ def test_a_texture_is_the_sum_of_waves_it_should_be():
     # A stripe repeats after one wavelength, 3.4 to 5.2 pixels: its spectrum has its peak there.
     stream = torch.Generator().manual_seed(0)
     for kind, peaks in ((0, 1), (1, 1), (2, 2)):
-        texture = scenes._texture(torch.full((256,), kind), (3.4, 5.2), stream)[:, 0]
+        texture = scenes._texture(torch.full((256,), kind), scenes.TASKS["object"], stream)[:, 0]
         power = torch.fft.fft2(texture).abs().square()
         axis = torch.fft.fftfreq(32)
         frequency = torch.hypot(axis[:, None], axis[None])
