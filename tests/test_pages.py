@@ -10,7 +10,7 @@ import pytest
 
 from lib import __main__, book, scoreboard
 from lib.book import ROOT
-from lib.claims import CONTRADICTED
+from lib.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED
 from lib.studies import load_study
 
 PAGES = {
@@ -50,15 +50,25 @@ def test_other_studies_are_as_the_page_says():
         assert 0.95 < card["accuracy"] / resnet["accuracy"] < 1
     assert "trained on five times as\nmany scenes" in text
     assert "right nearly as often as the ResNets" in text
+    for name, card in book.cards(book.RECORDS / "lab-faint").items():
+        assert 1 / 16 < card["accuracy"] < lab.cards[name]["accuracy"] - 0.05
+    assert "a quarter of an image's patches" in text
+    for name in ("vit", "vit_other_seed"):
+        recipe = dataclasses.asdict(load_study("lab-masked").role(name).recipe)
+        assert recipe.pop("shown") == 1 / 4
+        assert 1000 < recipe.pop("fitted_on") < 5000
+        assert recipe == dataclasses.asdict(lab.role(name).recipe)
 
 
 def test_other_studies_found_what_the_chapters_say_of_them():
-    lab, third, long = (
+    lab, third, long, faint, painting = (
         {key: found.judgement for key, found in scoreboard.collect(folder).items()}
         for folder in (
             book.BOOK_CHAPTERS,
             book.RECORDS / "lab-third-seed",
             book.RECORDS / "lab-long",
+            book.RECORDS / "lab-faint",
+            book.RECORDS / "lab-masked",
         )
     )
     # Chapter 2: "one is more uniform than here, its twin less, and both far more so"
@@ -77,8 +87,29 @@ def test_other_studies_found_what_the_chapters_say_of_them():
         one, its = third[key].trained.value, third[key].other_seed.value
         assert its == pytest.approx(other, abs=1e-4)
         assert (abs(one - other) < abs(one - first)) == twin
-    # Chapter 3: "Five times the training brings none either"
-    assert lab["E03-local"].verdict == long["E03-local"].verdict == CONTRADICTED
+    # Other studies: "No verdict reverses", "with both seeds (E21)"
+    both = [(lab[key].verdict, found.verdict) for key, found in faint.items() if key in lab]
+    assert not [pair for pair in both if set(pair) == {SUPPORTED, CONTRADICTED}]
+    assert (CONTRADICTED, CONTRADICTED) in both
+    assert (lab["E21-diagonal"].verdict, faint["E21-diagonal"].verdict) == (INCONCLUSIVE, SUPPORTED)
+    # Chapter 3: "Five times the training brings none either, nor does learning without labels"
+    for found in (lab, long, painting):
+        assert found["E03-local"].verdict == CONTRADICTED
+    # Chapter 5: "in both seeds nearly every token ... edge tokens light up other edges"
+    for key in ("E12-own-patch", "E12-edges"):
+        assert (lab[key].verdict, painting[key].verdict) == (INCONCLUSIVE, SUPPORTED)
+    own = painting["E12-own-patch"]
+    assert min(own.trained.low, own.other_seed.low, own.untrained.value) > 0.9
+    assert painting["E06-centre"].trained.low > 2 * lab["E06-centre"].other_seed.high
+    assert painting["E06-centre"].other_seed.low > 2 * lab["E06-centre"].other_seed.high
+    # Other studies: "Three verdicts reverse", "all blocks of these ViTs are much alike"
+    reversed_ones = {
+        key
+        for key, found in painting.items()
+        if {lab[key].verdict, found.verdict} == {SUPPORTED, CONTRADICTED}
+    }
+    assert reversed_ones == {"E15-plateau", "E03-spread", "E02-midpoint"}
+    assert painting["E01-uniform"].other_seed.low > lab["E01-uniform"].trained.high
 
 
 def blocks(page):

@@ -286,7 +286,13 @@ def test_claims_are_worded_without_marks_of_html():
 def test_the_committed_page_is_what_the_committed_chapters_say():
     studies = {study: scoreboard.collect(path) for study, path in scoreboard.folders().items()}
     pieces = scoreboard.pieces(studies)
-    compared = ("lab-third-seed", "lab-long", "tiny-imagenet-small")
+    compared = (
+        "lab-third-seed",
+        "lab-long",
+        "lab-faint",
+        "lab-masked",
+        "tiny-imagenet-small",
+    )
     assert list(pieces)[1:] == [f"compared-{study}.md" for study in compared]
     for name, text in pieces.items():
         committed = (scoreboard.PAGE.parent / name).read_text(encoding="utf-8")
