@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("lib", "tests", "benchmarks", "chapters", "book", "conftest.py", "pyproject.toml")
+FOLDERS = ("lib", "tests", "benchmarks", "chapters", "book")
 SLOW = ("test_site.py", "test_execute.py", "test_environment.py", "test_processes.py")
 
 
@@ -158,12 +158,11 @@ def main(argv=None) -> int:
 
 def copy_to(folder: Path) -> Path:
     """A copy of the repository, as far as its tests need it."""
-    for part in PARTS:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / part)
+    for part in FOLDERS:
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
     return folder
 
 
@@ -174,16 +173,20 @@ def by_whom(fault: Fault, copy: Path, own_only: bool) -> str:
     path.write_text(put(fault, text), encoding="utf-8")
     try:
         own = copy / "tests" / f"test_{fault.module}.py"
-        others = [test for test in sorted((copy / "tests").glob("test_*.py")) if test != own]
-        others = [test for test in others if test.name not in SLOW]
-        rounds = [[own]] if own.exists() else []
-        rounds += [] if own_only and rounds else [others]
-        for tests in rounds:
-            if failed := first_failure(copy, tests):
-                return failed
+        if own.exists() and (failed := first_failure(copy, [own])):
+            return failed
+        failed = "" if own_only and own.exists() else first_failure(copy, all_but(own))
     finally:
         path.write_text(text, encoding="utf-8")
-    return ""
+    if failed and first_failure(copy, [copy / "tests" / failed]):
+        raise SystemExit(f"{failed} fails in the copy without any fault")
+    return failed
+
+
+def all_but(own: Path) -> list[Path]:
+    """The tests of the library beside those of one module."""
+    tests = sorted(own.parent.glob("test_*.py"))
+    return [test for test in tests if test != own and test.name not in SLOW]
 
 
 def put(fault: Fault, text: str) -> str:
