@@ -6,15 +6,14 @@ made of these.
 """
 
 import dataclasses
-import functools
 
 import torch
 import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lib import probes
+from lib.taps import collect
 from lib.training import Recipe
 
 
@@ -36,8 +35,7 @@ class MaskedRecipe(Recipe):
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """Error of the patches painted; of an image's patches others are shown at every step."""
-        stream = torch.Generator().manual_seed((self.seed * 100_003 + step) * 2 + 1)
-        order = torch.rand(len(images), model.patches, generator=stream).argsort(1)
+        order = torch.rand(len(images), model.patches, generator=self.stream(step)).argsort(1)
         return model.error(images, order.to(images.device), round(self.shown * model.patches))
 
     def prepare(self, model: nn.Module, data, to_input) -> None:
@@ -52,7 +50,8 @@ class MaskedRecipe(Recipe):
 class MaskedAutoencoder(nn.Module):
     """A ViT and a decoder of one block that paints the patches which the ViT is not shown.
 
-    Called with images it is the ViT itself.
+    Called with images it is the ViT itself. The decoder keeps the position embedding that the ViT
+    has when it is wrapped.
     """
 
     def __init__(self, encoder: VisionTransformer):
@@ -61,7 +60,7 @@ class MaskedAutoencoder(nn.Module):
         side = encoder.patch_embed.patch_size[0]
         self.encoder, self.patches = encoder, grid[0] * grid[1]
         self.unfold = nn.PixelUnshuffle(side)
-        position = 0.5 * build_sincos2d_pos_embed(list(grid), dim=width)
+        position = encoder.pos_embed[0, encoder.num_prefix_tokens :].detach().clone()
         self.register_buffer("position", position, persistent=False)
         self.hidden = nn.Parameter(torch.zeros(width))
         self.enter = nn.Linear(width, width)
@@ -82,8 +81,7 @@ class MaskedAutoencoder(nn.Module):
         order : Tensor (n, patches)
             A permutation for each image, whose first ``shown`` patches are shown.
         """
-        seen = self._encode(images, order[:, :shown])
-        seen = self.enter(seen)
+        seen = self.enter(self._encode(images, order[:, :shown]))
         everywhere = (self.hidden + self.position).to(seen.dtype).expand(len(images), -1, -1)
         places = order[:, :shown, None].expand_as(seen)
         tokens = everywhere.scatter_add(1, places, seen - self.hidden.to(seen.dtype))
@@ -125,11 +123,8 @@ def fit_classifier(model: VisionTransformer, pixels: Tensor, labels: Tensor, to_
     to_input : callable
         Makes the network's input of uint8 pixels.
     """
-    training = model.training
-    model.eval()
-    read = functools.partial(model.forward_head, pre_logits=True)
-    features = [read(model.forward_features(to_input(part))) for part in pixels.split(256)]
-    model.train(training)
+    read = "head:input"
+    features = [collect(model, to_input(part), read)[read] for part in pixels.split(256)]
     fit = probes.Part(torch.cat(features).double(), probes.signs(labels, model.num_classes))
     weights, bias = probes.ridge(fit, [len(pixels) / 1000])
     model.head.weight.copy_(weights[:, 0].mT)

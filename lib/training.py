@@ -75,6 +75,10 @@ class Recipe:
         """What the network is shown of a step's images: themselves."""
         return pixels
 
+    def stream(self, step: int) -> torch.Generator:
+        """Random numbers of a step, which depend on the seed and the step alone."""
+        return torch.Generator().manual_seed((self.seed * 100_003 + step) * 2 + 1)
+
     def learner(self, model: nn.Module) -> nn.Module:
         """What learns: the network, and whatever it takes to train it. Scored as the network."""
         return model
@@ -106,8 +110,7 @@ class CroppingRecipe(Recipe):
         Drawn by the seed and the step alone, on every device the same.
         """
         n, side = len(pixels), pixels.shape[-1]
-        stream = torch.Generator().manual_seed((self.seed * 100_003 + step) * 2 + 1)
-        random = torch.rand(4, n, generator=stream)
+        random = torch.rand(4, n, generator=self.stream(step))
         # Whole pixels, so that a crop that is not scaled is not blurred.
         extent = (side * (self.area + (1 - self.area) * random[0]).sqrt()).round()
         first = ((side - extent + 2 * self.pad + 1) * random[1:3]).floor() - self.pad

@@ -113,7 +113,7 @@ FAULTS = [
     Fault("masked", "the network is shown all patches", "_take(tokens[:, prefix:], which[..., None])", "tokens[:, prefix:]"),
     Fault("masked", "what is shown is painted too", "hidden = order[:, shown:, None]", "hidden = order[..., None]"),
     Fault("masked", "painted at other places", "places = order[:, :shown, None]", "places = order[:, -shown:, None]"),
-    Fault("masked", "the same patches at every step", "self.seed * 100_003 + step", "self.seed * 100_003"),
+    Fault("masked", "the same patches at every step", "self.stream(step)", "self.stream(0)"),
     Fault("masked", "the classifier is not fitted", "model.head.weight.copy_(weights[:, 0].mT)", "pass"),
     Fault("training", "the learner is not prepared", "recipe.prepare(model, data, to_input)", "pass"),
     Fault("training", "no warm-up", "warm = min(1.0, (step + 1) / self.warmup_steps)", "warm = 1.0"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from lib import masked, training
@@ -19,9 +20,12 @@ RECIPE = MaskedRecipe(
 def network(**options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return VisionTransformer(
+        model = VisionTransformer(
             img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=2, **options
-        ).eval()
+        )
+    position = build_sincos2d_pos_embed([4, 4], dim=16)
+    model.pos_embed.data[:, model.num_prefix_tokens :] = 0.5 * position
+    return model.eval()
 
 
 class Stripes:
