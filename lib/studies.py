@@ -146,7 +146,7 @@ class Trained(Study):
     def train(self, name: str, folder=RUNS, checkpoints=None, device="cpu") -> dict:
         """Train a role, or go on where its training stopped, and write its checkpoint and card.
 
-        Returns the card. The accuracy on it is that of the 16-bit weights that are kept.
+        Returns the card. The accuracy on it is that of the 8-bit weights that are kept.
         """
         role = self.role(name)
         if name.endswith(UNTRAINED):
@@ -158,7 +158,7 @@ class Trained(Study):
         curve = training.train(
             model, recipe, data, (val.pixels, val.labels), folder, device, to_input=to_input
         )
-        model = model.cpu().half().float()
+        model.load_state_dict(training.unpack(training.pack(model.cpu().state_dict())))
         score = training.score(model, test.pixels, test.labels, to_input=to_input)
         right = round(score * len(test))
         low, high = training.accuracy_interval(right, len(test))

@@ -1,7 +1,6 @@
 """One recipe that trains every network of a study, on any device, and can be interrupted.
 
-AdamW, linear warm-up, cosine to zero, gradient clipping, bfloat16 autocast. All roles of a study
-share it; what differs between two roles is what their names say.
+AdamW or Muon, linear warm-up, cosine to zero, gradient clipping, bfloat16 autocast.
 """
 
 import dataclasses
@@ -34,7 +33,8 @@ class Recipe:
     images     : how many training images a whole training shows it
     distinct   : how many different images there are among them
     batch_size : images per step
-    lr, warmup_steps, weight_decay, clip, betas : of AdamW and its schedule
+    optimiser  : ``"adamw"``, or ``"muon"`` for the matrices inside blocks and AdamW for the rest
+    lr, warmup_steps, weight_decay, clip, betas : of both optimisers and their schedule
     fade       : share of the steps over which skip connections that are to be removed fade out;
                  0 trains without them from the start
     until      : share of the steps after which it ends; the schedule is that of a whole training
@@ -44,6 +44,7 @@ class Recipe:
     images: int = 160_000
     distinct: int = 160_000
     batch_size: int = 32
+    optimiser: str = "adamw"
     lr: float = 1e-3
     warmup_steps: int = 300
     weight_decay: float = 0.05
@@ -70,6 +71,15 @@ class Recipe:
     def skip(self, step: int) -> float:
         """What is left at a step of the skip connections that fade out."""
         return max(0.0, 1 - step / (self.fade * self.steps)) if self.fade else 0.0
+
+    def optimisers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """Optimisers that between them step every parameter of a network."""
+        matrices = block_matrices(model) if self.optimiser == "muon" else []
+        rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+        adamw = torch.optim.AdamW(
+            rest, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
+        )
+        return [adamw, Muon(matrices, self.lr, self.weight_decay)] if matrices else [adamw]
 
     def augmented(self, pixels: Tensor, step: int) -> Tensor:
         """What the network is shown of a step's images: themselves."""
@@ -116,6 +126,32 @@ class CroppingRecipe(Recipe):
         first = ((side - extent + 2 * self.pad + 1) * random[1:3]).floor() - self.pad
         mirrored = (random[3] < 0.5) & self.flip
         return crop(pixels, first[0], first[1], extent, mirrored)
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, which takes a convolution's weights as a matrix (out, in x height x width).
+
+    Its step is scaled to the size of AdamW's, so that both share a learning rate.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float):
+        self.weights = parameters
+        views = [nn.Parameter(p.detach().flatten(1)) for p in parameters]
+        super().__init__(views, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    def step(self):
+        for view, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
+            view.grad = weight.grad.flatten(1)
+        super().step()
+
+
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of the linear layers and convolutions inside a network's blocks or stages."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if {"blocks", "block", "stages"} & set(name.split(".")) and parameter.ndim > 1
+    ]
 
 
 def crop(pixels: Tensor, x: Tensor, y: Tensor, extent: Tensor, mirrored: Tensor) -> Tensor:
@@ -175,9 +211,7 @@ def train(
         raise ValueError("the number of distinct images must be a multiple of the batch size")
     path = Path(folder) / "state.pt"
     model = recipe.learner(model).to(device)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+    optimisers = recipe.optimisers(model)
     start, curve, loss_sum, since = 0, [], 0.0, 0
     settings = dataclasses.asdict(recipe)
     if path.exists():
@@ -185,12 +219,13 @@ def train(
         if state["recipe"] != settings:
             raise ValueError(f"{path} belongs to another recipe; delete it to start again")
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
         start, curve, loss_sum, since = (state[k] for k in ("step", "curve", "loss_sum", "since"))
     began = time.monotonic() - (state.get("seconds", 0.0) if start else 0.0)
 
     def save(step):
-        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
+        state = {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers]}
         state |= {"recipe": settings, "step": step, "curve": curve}
         state |= {"loss_sum": loss_sum, "since": since, "seconds": time.monotonic() - began}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -210,17 +245,19 @@ def train(
         try:
             for step in progress:
                 pixels, labels = data[_order(recipe, step)]
-                for group in optimiser.param_groups:
-                    group["lr"] = recipe.rate(step)
+                for optimiser in optimisers:
+                    for group in optimiser.param_groups:
+                        group["lr"] = recipe.rate(step)
                 for block in cut:
                     block.skip = recipe.skip(step)
                 pixels = recipe.augmented(pixels.to(device), step)
                 with torch.autocast(device_type, dtype=torch.bfloat16):
                     loss = recipe.loss(model, to_input(pixels), labels.to(device), step)
-                optimiser.zero_grad()
+                model.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-                optimiser.step()
+                for optimiser in optimisers:
+                    optimiser.step()
                 loss_sum, since = loss_sum + loss.item(), since + 1
                 if (step + 1) % point == 0 or step + 1 == recipe.end:
                     recipe.prepare(model, data, to_input)
@@ -267,21 +304,48 @@ def accuracy_interval(right: int, n: int) -> tuple[float, float]:
 
 
 def write_checkpoint(model: nn.Module, card: dict, path: Path) -> None:
-    """Write weights in 16 bits and then, beside them, their model card (JSON)."""
+    """Write weights in 8 bits and then, beside them, their model card (JSON)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.half().contiguous().cpu() for name, value in model.state_dict().items()}
     partial = path.with_name(path.name + ".part")
-    save_file(weights, partial)
+    save_file(pack(model.state_dict()), partial)
     os.replace(partial, path)
     partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path.with_suffix(".json"))
 
 
 def read_checkpoint(model: nn.Module, path: Path) -> nn.Module:
-    """Load 16-bit weights into a float32 model, strictly."""
-    weights = {name: value.float() for name, value in load_file(path).items()}
-    model.load_state_dict(weights)
+    """Load written weights into a float32 model, strictly."""
+    model.load_state_dict(unpack(load_file(path)))
     return model
+
+
+def pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices as int8 with a scale per output channel (``<name>.scale``), all else in 16 bits."""
+    packed = {}
+    for name, value in weights.items():
+        value = value.detach().cpu().float()
+        if value.ndim > 1 and len(value) > 1:
+            scale = value.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
+            packed[f"{name}.scale"] = scale
+            packed[name] = (value / _per_channel(scale, value)).round().to(torch.int8)
+        else:
+            packed[name] = value.half().contiguous()
+    return packed
+
+
+def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 weights that :func:`pack` wrote."""
+    return {
+        name: value.float() * _per_channel(packed[f"{name}.scale"], value)
+        if value.dtype == torch.int8
+        else value.float()
+        for name, value in packed.items()
+        if not name.endswith(".scale")
+    }
+
+
+def _per_channel(scale: Tensor, weights: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (weights.ndim - 1))
 
 
 def _order(recipe: Recipe, step: int) -> Tensor:
