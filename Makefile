@@ -51,7 +51,7 @@ site: setup  ## build the site from the chapters as last executed
 
 # One thread per process: JOBS processes already fill the machine.
 test: export OMP_NUM_THREADS = 1
-# As in lib/book.py: memory is taken from the system once.
+# As in lib/site/run.py: memory is taken from the system once.
 test: export MALLOC_MMAP_MAX_ = 0
 test: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 test: setup  ## check the code, the library, the site, and every number in the chapters

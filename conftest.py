@@ -2,5 +2,5 @@
 
 import os
 
-# As in lib.book: a progress bar is no result, and its timings differ from run to run.
+# As in lib.site.run: a progress bar is no result, and its timings differ from run to run.
 os.environ["TQDM_DISABLE"] = "1"

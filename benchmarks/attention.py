@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import shared
 from benchmarks.shared import cost
-from lib.attention import AttentionDistance, attention_taps
-from lib.images import Images
+from lib.measurements.attention import AttentionDistance, attention_taps
+from lib.studies.images import Images
 from lib.taps import tapping, unfused_attention
 
 

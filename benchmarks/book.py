@@ -23,15 +23,15 @@ import xarray as xr
 
 from benchmarks import shared
 from benchmarks.shared import cost
-from lib.attention import AttentionDistance, HeadCKA, attention_taps
 from lib.cka import MinibatchCKA
-from lib.images import Images
-from lib.localisation import Localisation
 from lib.measure import measure
-from lib.probes import Probes
-from lib.receptive_field import measure_receptive_fields
-from lib.residual import NormRatio
+from lib.measurements.attention import AttentionDistance, HeadCKA, attention_taps
+from lib.measurements.localisation import Localisation
+from lib.measurements.norm_ratio import NormRatio
+from lib.measurements.probes import Probes
+from lib.measurements.receptive_field import measure_receptive_fields
 from lib.studies import Lab
+from lib.studies.images import Images
 from lib.taps import tap_names
 
 ROLES = ("vit", "vit_gap", "resnet", "mixer")

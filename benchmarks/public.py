@@ -15,8 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import shared
-from lib import hub
-from lib.studies import Public, load_study, study_names
+from lib.studies import Public, hub, load_study, study_names
 from lib.taps import tapping
 
 TAPS = ("blocks", "all")

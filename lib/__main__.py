@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 
-from lib import book
+from lib.site import run
 
 DESCRIPTION = """\
 Do Vision Transformers see like convolutional networks? This runs the book that asks.
@@ -39,8 +39,8 @@ def main(argv=None) -> int:
         "--traceback", action="store_true", help="on an error, show where it came from"
     )
     commands = parser.add_subparsers(metavar="COMMAND")
-    for name, summary, add_arguments, run in (
-        ("execute", "run chapters and write the executed notebooks", book.add_arguments, book.main),
+    for name, summary, add_arguments, function in (
+        ("execute", "run chapters and write the executed notebooks", run.add_arguments, run.main),
         ("measure", "measure similarities and write a record", _measure_arguments, _measure),
         ("studies", "list the studies and their networks", _studies_arguments, _studies),
         ("train", "train a study's networks", _train_arguments, _train),
@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     ):
         command = commands.add_parser(name, help=summary, formatter_class=formatter)
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=function)
     args = parser.parse_args(argv)
     if not hasattr(args, "run"):
         parser.print_help()
@@ -282,10 +282,11 @@ def _pages_arguments(parser):
 
 
 def _pages(args):
-    from lib import explorer, records
+    from lib import records
+    from lib.site import explorer
 
     if not args.record:
-        book.write_pages()
+        run.write_pages()
     explorer.write(records.load(args.record) if args.record else explorer.measured())
 
 

@@ -31,8 +31,8 @@ def measure(
     measurements : sequence of measurement
         Metrics with ``taps``, ``reduce(value)`` and ``update(reduced=..., batch=...)``, such as
         :class:`lib.cka.MinibatchCKA`. What their hooks keep lives as long as one minibatch. If a
-        measurement also needs the images, its ``reduce_images(images)`` is given the minibatch as
-        :class:`lib.images.Images`, and what that returns is ``reduced["images"]``. If it has to
+        measurement also needs the images, its ``reduce_images(images)`` is given the minibatch of
+        them, and what that returns is ``reduced["images"]``. If it has to
         see several taps together, it has ``reducer(model)`` in the place of ``reduce``: asked once
         for every forward pass, that returns a function of a tap's name and value, whose result is
         kept unless it is None. ``taps`` may be a dictionary by role: roles that are not in it are

@@ -10,7 +10,9 @@ import timm
 import torch
 import torchmetrics
 
-from lib.attention import (
+from lib.cka import cka
+from lib.measure import measure
+from lib.measurements.attention import (
     AttentionDistance,
     HeadCKA,
     attention_taps,
@@ -26,10 +28,8 @@ from lib.attention import (
     uniform_distance,
     window_means,
 )
-from lib.cka import cka
-from lib.images import Images
-from lib.measure import measure
 from lib.studies import load_study
+from lib.studies.images import Images
 from lib.taps import TapError, collect
 
 SMALL = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from benchmarks import book, precision, public, shared
-from lib.book import RECORDS
+from lib.site.run import RECORDS
 
 NAMES = ("cost-cka", "cost-book", "cost-large", "cost-attention", "cost-precision", "cost-public")
 

@@ -19,10 +19,10 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
-from lib import book, hub
-from lib.claims import CLAIMS, UNKNOWN
+from lib.findings.claims import CLAIMS, UNKNOWN
 from lib.records import ROOT
-from lib.studies import load_study
+from lib.site import run
+from lib.studies import hub, load_study
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet-sample.zip"
 VIT, RESNET = "test_vit.r160_in1k", "test_resnet.r160_in1k"
@@ -120,7 +120,7 @@ def everything(tmp_path_factory):
     for name, path in paths.items():
         for number in CHAPTERS:
             cells.append(new_code_cell("%reset -f", id=f"{name}-reset-{number}"))
-            (chapter,) = book.CHAPTERS.glob(f"{number}-*.ipynb")
+            (chapter,) = run.CHAPTERS.glob(f"{number}-*.ipynb")
             for cell in nbformat.read(chapter, as_version=4).cells:
                 if "parameters" in cell.metadata.get("tags", []):
                     ours = PARAMETERS | {"study": str(path)}
@@ -131,12 +131,12 @@ def everything(tmp_path_factory):
                 cell.id = f"{name}-{cell.id}"
                 cells.append(cell)
     (folder / "source").mkdir()
-    notebook = new_notebook(cells=cells, metadata={"kernelspec": book.KERNEL})
+    notebook = new_notebook(cells=cells, metadata={"kernelspec": run.KERNEL})
     nbformat.write(notebook, folder / "source" / "01-all.ipynb")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VIT_SEE_CACHE", str(folder / "cache"))
-        patch.setattr(book, "DRAFTS", folder / "drafts")
-        (written,) = book.execute("01", out=folder / "out", source=folder / "source")
+        patch.setattr(run, "DRAFTS", folder / "drafts")
+        (written,) = run.execute("01", out=folder / "out", source=folder / "source")
     done = nbformat.read(written, as_version=4).cells
     records = [xr.load_dataset(p, engine="h5netcdf") for p in (folder / "cache").glob("*.nc")]
     return {

@@ -9,9 +9,9 @@ import xarray as xr
 from bs4 import BeautifulSoup
 from scipy import stats
 
-from lib import claims, models
 from lib.cka import jackknife_margin
-from lib.claims import (
+from lib.findings import claims
+from lib.findings.claims import (
     CLAIMS,
     CONTRADICTED,
     INCONCLUSIVE,
@@ -23,7 +23,7 @@ from lib.claims import (
     estimate,
     judge,
 )
-from lib.studies import Lab
+from lib.studies import Lab, networks
 from lib.taps import tap_names
 
 # Verdicts -----------------------------------------------------------------------------------------
@@ -537,11 +537,11 @@ def test_claims_are_complete():
 
 
 @pytest.fixture(scope="module")
-def networks():
+def lab_taps():
     """The blocks of the lab's networks by their real names, and all taps of the ViT."""
     found = {}
     for name, role in Lab.roles.items():
-        model = models.build(role.architecture, 0)
+        model = networks.build(role.architecture, 0)
         ends = tap_names(model, "blocks")
         taps = tap_names(model, "all") if name == "vit" else ends
         found[name] = {tap: tap in ends for tap in taps}
@@ -661,9 +661,9 @@ def test_every_claim_about_maps_has_its_worlds():
 
 
 @pytest.mark.parametrize("key", WORLDS)
-def test_a_claim_comes_out_as_the_world_is(key, networks):
+def test_a_claim_comes_out_as_the_world_is(key, lab_taps):
     claim = CLAIMS[key]
-    layers = {role: networks[role] for role in claim.roles}
+    layers = {role: lab_taps[role] for role in claim.roles}
     worlds = dict(zip((SUPPORTED, CONTRADICTED), WORLDS[key], strict=True))
     for expected, world in worlds.items():
 
@@ -676,18 +676,18 @@ def test_a_claim_comes_out_as_the_world_is(key, networks):
 
 
 def test_the_partition_is_looked_for_where_the_skips_are_missing():
-    middle = models.build("vit_no_skip_middle", 0)
-    assert models.blocks_without_skips(middle) == [claims.MIDDLE]
+    middle = networks.build("vit_no_skip_middle", 0)
+    assert networks.blocks_without_skips(middle) == [claims.MIDDLE]
     square = np.arange(16.0).reshape(4, 4)
     assert claims.across(square, 1) == np.mean([1, 2, 3])
     assert claims.across(square, 2) == np.mean([2, 3, 6, 7])
 
 
 @pytest.mark.parametrize("key", WORLDS)
-def test_a_claim_is_not_true_of_noise(key, networks):
+def test_a_claim_is_not_true_of_noise(key, lab_taps):
     # Between groups that differ by more than any structure there is nothing to be seen.
     claim = CLAIMS[key]
-    layers = {role: networks[role] for role in claim.roles}
+    layers = {role: lab_taps[role] for role in claim.roles}
     record = record_of(lambda a, i, b, j: 0.5, layers, noise=0.1, seed=3)
     assert judge(claim, record).verdict == NOISE.get(key, INCONCLUSIVE)
 

@@ -1,4 +1,4 @@
-"""``lib.book`` runs notebooks completely or not at all."""
+"""``lib.site.run`` runs notebooks completely or not at all."""
 
 import os
 import signal
@@ -11,8 +11,8 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lib import book
 from lib.__main__ import main
+from lib.site import run
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def workshop(tmp_path, monkeypatch):
         cells += [new_markdown_cell("Some words."), *map(new_code_cell, code)]
         for number, cell in enumerate(cells):
             cell.id = f"cell-{number}"
-        notebook = new_notebook(cells=cells, metadata={"kernelspec": book.KERNEL})
+        notebook = new_notebook(cells=cells, metadata={"kernelspec": run.KERNEL})
         path = tmp_path / "chapters" / f"{name}.ipynb"
         nbformat.write(notebook, path)
         return path
@@ -32,13 +32,13 @@ def workshop(tmp_path, monkeypatch):
     (tmp_path / "chapters").mkdir()
     add("01-first", "print(n, study)\nn * 2")
     add("02-second", "print('the second')")
-    monkeypatch.setattr(book, "CHAPTERS", tmp_path / "chapters")
-    monkeypatch.setattr(book, "BOOK_CHAPTERS", tmp_path / "published")
-    monkeypatch.setattr(book, "DRAFTS", tmp_path / "drafts")
+    monkeypatch.setattr(run, "CHAPTERS", tmp_path / "chapters")
+    monkeypatch.setattr(run, "BOOK_CHAPTERS", tmp_path / "published")
+    monkeypatch.setattr(run, "DRAFTS", tmp_path / "drafts")
     workshop = type("Workshop", (), {"add": staticmethod(add), "path": tmp_path})
 
     def execute(names=None, parameters=None, jobs=1):
-        return book.execute(names, parameters, tmp_path / "published", tmp_path / "chapters", jobs)
+        return run.execute(names, parameters, tmp_path / "published", tmp_path / "chapters", jobs)
 
     workshop.execute = staticmethod(execute)
     return workshop
@@ -65,7 +65,7 @@ def test_chapters_run_and_a_second_run_gives_the_same_bytes(workshop):
     assert sorted(path.name for path in written[0].parent.iterdir()) == [p.name for p in written]
 
     executed, source = (
-        nbformat.read(path, as_version=4) for path in (written[0], book.CHAPTERS / "01-first.ipynb")
+        nbformat.read(path, as_version=4) for path in (written[0], run.CHAPTERS / "01-first.ipynb")
     )
     nbformat.validate(executed)
     assert [cell.source for cell in executed.cells] == [cell.source for cell in source.cells]
@@ -131,7 +131,7 @@ def test_a_failing_chapter_changes_nothing(workshop):
     published.mkdir()
     (published / "01-first.ipynb").write_text("as it was")
     workshop.add("03-third", "x = 1", "# why\nraise KeyError('no such role')")
-    with pytest.raises(book.ChapterError) as caught:
+    with pytest.raises(run.ChapterError) as caught:
         workshop.execute()
     message = str(caught.value)
     assert "03-third" in message
@@ -146,7 +146,7 @@ def test_a_failing_chapter_changes_nothing(workshop):
 
 def test_a_dying_kernel_is_an_error_too(workshop):
     workshop.add("03-third", "import os\nos._exit(1)")
-    with pytest.raises(book.ChapterError, match="03-third lost its kernel"):
+    with pytest.raises(run.ChapterError, match="03-third lost its kernel"):
         workshop.execute("03")
     assert not (workshop.path / "published").exists()
 
@@ -164,7 +164,7 @@ def test_unknown_names_stop_before_anything_runs(workshop):
 
 def test_no_chapters_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are no chapters in"):
-        book.execute(source=tmp_path)
+        run.execute(source=tmp_path)
 
 
 def test_an_experiment_leaves_the_book_alone(workshop, capsys):
@@ -192,7 +192,7 @@ def test_an_interrupt_is_one_line(workshop, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(book, "execute", interrupt)
+    monkeypatch.setattr(run, "execute", interrupt)
     assert main(["execute"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -204,31 +204,32 @@ def test_ctrl_c_in_the_middle_of_a_chapter_leaves_nothing_behind(workshop):
     workshop.add("03-third", here + "time.sleep(300)")
     program = f"""
 import pathlib, signal, sys
-from lib import __main__, book
+from lib import __main__
+from lib.site import run
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
-book.CHAPTERS = pathlib.Path({str(book.CHAPTERS)!r})
-book.BOOK_CHAPTERS = pathlib.Path({str(book.BOOK_CHAPTERS)!r})
+run.CHAPTERS = pathlib.Path({str(run.CHAPTERS)!r})
+run.BOOK_CHAPTERS = pathlib.Path({str(run.BOOK_CHAPTERS)!r})
 sys.exit(__main__.main(["execute", "03"]))
 """
-    run = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", program],
         stderr=subprocess.PIPE,
         text=True,
-        cwd=book.ROOT,
+        cwd=run.ROOT,
         env=os.environ | {"TMPDIR": str(scratch)},
         start_new_session=True,
     )
     try:
         until(lambda: marker.exists() and marker.read_text())
-        os.killpg(run.pid, signal.SIGINT)
-        _, said = run.communicate(timeout=60)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     finally:
-        run.kill()
-    assert run.returncode == 130
+        process.kill()
+    assert process.returncode == 130
     assert said.splitlines()[-1] == "interrupted"
     until(lambda: not psutil.pid_exists(int(marker.read_text())))
     assert not list(scratch.glob("chapters-*"))
-    assert not book.BOOK_CHAPTERS.exists()
+    assert not run.BOOK_CHAPTERS.exists()
 
 
 def until(true, seconds=120):
@@ -261,4 +262,4 @@ def test_help_imports_no_command(capsys):
     ],
 )
 def test_values_are_read_as_python_where_they_are(text, value):
-    assert book._value(text) == value
+    assert run._value(text) == value

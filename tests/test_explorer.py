@@ -10,9 +10,9 @@ import pytest
 import xarray as xr
 import yaml
 
-from lib import book, explorer
 from lib.__main__ import main
 from lib.records import ROOT, load, save
+from lib.site import explorer, run
 from lib.studies import load_study
 
 LAYERS = {"vit": ["blocks.0", "blocks.0.attn"], "resnet": ["layer1.0.bn2", "layer1.0", "norm"]}
@@ -128,7 +128,7 @@ def test_a_records_file_is_written_beside_the_others(record, tmp_path, monkeypat
     monkeypatch.setattr(explorer, "SCRIPTS", tmp_path)
     record.attrs["study"] = "mine"
     save(record, tmp_path / "mine.nc")
-    monkeypatch.setattr(book, "write_pages", lambda: pytest.fail("nobody asked for other pages"))
+    monkeypatch.setattr(run, "write_pages", lambda: pytest.fail("nobody asked for other pages"))
     assert main(["pages", "--record", str(tmp_path / "mine.nc")]) == 0
     first = (tmp_path / "explorer-mine.js").read_bytes()
     explorer.write(load(tmp_path / "mine.nc"))

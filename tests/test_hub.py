@@ -21,10 +21,9 @@ import xarray as xr
 from huggingface_hub import constants, file_download
 from PIL import Image
 
-from lib import hub
 from lib.__main__ import main
 from lib.records import ROOT, weights_hash
-from lib.studies import Public, PublicRole
+from lib.studies import Public, PublicRole, hub
 
 NAME = "test_vit.r160_in1k"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

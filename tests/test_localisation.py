@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 
 from lib.cka import centre, centred_gram, cka
-from lib.localisation import (
+from lib.measure import measure
+from lib.measurements.localisation import (
     Localisation,
     coarsen,
     common_grid,
@@ -26,7 +27,6 @@ from lib.localisation import (
     token_grams,
     uniform_distance,
 )
-from lib.measure import measure
 from lib.studies import load_study
 from lib.taps import split_tokens
 

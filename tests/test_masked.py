@@ -9,8 +9,8 @@ from sklearn.linear_model import Ridge
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
-from lib import masked, training
-from lib.masked import MaskedAutoencoder, MaskedRecipe
+from lib.studies import masked, training
+from lib.studies.masked import MaskedAutoencoder, MaskedRecipe
 
 RECIPE = MaskedRecipe(
     images=2400, distinct=240, batch_size=16, lr=3e-3, warmup_steps=10, fitted_on=160
@@ -184,8 +184,8 @@ def test_it_learns_to_paint_and_is_scored_by_a_classifier_fitted_to_it(tmp_path)
     assert curve[-1]["accuracy"] == 1
     assert not torch.equal(start["blocks.1.mlp.fc1.weight"], model.blocks[1].mlp.fc1.weight)
 
+    train(tmp_path / "again", network(), stop_after=70)
     again = network()
-    train(tmp_path / "again", again, stop_after=70)
     resumed = train(tmp_path / "again", again)
     for name, value in model.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name

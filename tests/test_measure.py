@@ -11,9 +11,9 @@ from torch import nn
 
 from lib import records
 from lib.cka import MinibatchCKA, cka
-from lib.images import Images
 from lib.measure import measure
 from lib.records import between
+from lib.studies.images import Images
 from lib.taps import TapError, collect
 
 

@@ -8,9 +8,10 @@ import warnings
 import matplotlib
 import pytest
 
-from lib import __main__, book, scoreboard
-from lib.book import ROOT
-from lib.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED
+from lib import __main__
+from lib.findings.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED
+from lib.site import board, run
+from lib.site.run import ROOT
 from lib.studies import load_study
 
 PAGES = {
@@ -46,11 +47,11 @@ def test_other_studies_are_as_the_page_says():
         )
         assert times == 5
         resnet = lab.cards[name.replace("vit", "resnet")]
-        card = book.cards(book.RECORDS / "lab-long")[name]
+        card = run.cards(run.RECORDS / "lab-long")[name]
         assert 0.95 < card["accuracy"] / resnet["accuracy"] < 1
     assert "trained on five times as\nmany scenes" in text
     assert "right nearly as often as the ResNets" in text
-    for name, card in book.cards(book.RECORDS / "lab-faint").items():
+    for name, card in run.cards(run.RECORDS / "lab-faint").items():
         assert 1 / 16 < card["accuracy"] < lab.cards[name]["accuracy"] - 0.05
     assert "a quarter of an image's patches" in text
     for name in ("vit", "vit_other_seed"):
@@ -62,13 +63,13 @@ def test_other_studies_are_as_the_page_says():
 
 def test_other_studies_found_what_the_chapters_say_of_them():
     lab, third, long, faint, painting = (
-        {key: found.judgement for key, found in scoreboard.collect(folder).items()}
+        {key: found.judgement for key, found in board.collect(folder).items()}
         for folder in (
-            book.BOOK_CHAPTERS,
-            book.RECORDS / "lab-third-seed",
-            book.RECORDS / "lab-long",
-            book.RECORDS / "lab-faint",
-            book.RECORDS / "lab-masked",
+            run.BOOK_CHAPTERS,
+            run.RECORDS / "lab-third-seed",
+            run.RECORDS / "lab-long",
+            run.RECORDS / "lab-faint",
+            run.RECORDS / "lab-masked",
         )
     )
     # Chapter 2: "one is more uniform than here, its twin less, and both far more so"
@@ -191,7 +192,7 @@ def test_commands_on_the_page_are_understood(page, monkeypatch):
     seen = []
     monkeypatch.setattr(__main__, "_measure", seen.append)
     monkeypatch.setattr(__main__, "_studies", seen.append)
-    monkeypatch.setattr(__main__.book, "main", seen.append)
+    monkeypatch.setattr(__main__.run, "main", seen.append)
     given = list(commands(page))
     for start, arguments in given:
         assert re.search(r"(\.venv/bin/python|torchrun .*) $", start)
@@ -206,7 +207,7 @@ def test_commands_on_the_page_are_understood(page, monkeypatch):
 
 def test_every_message_that_is_explained_is_one_that_somebody_can_get():
     page = (ROOT / "book" / "troubleshooting.md").read_text(encoding="utf-8")
-    sources = [*ROOT.glob("lib/*.py"), *ROOT.glob("tests/*.py"), ROOT / "Makefile"]
+    sources = [*ROOT.glob("lib/**/*.py"), *ROOT.glob("tests/*.py"), ROOT / "Makefile"]
     # A message may be put together from several pieces of text, over several lines.
     told = "".join(path.read_text(encoding="utf-8") for path in sources)
     told = re.sub(r'"\s*\n\s*f?"', "", told)

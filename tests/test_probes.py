@@ -9,7 +9,7 @@ from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
 from lib.measure import measure
-from lib.probes import (
+from lib.measurements.probes import (
     PENALTIES,
     READOUTS,
     Part,
@@ -257,7 +257,7 @@ def test_penalties_and_predictions_never_see_the_test_labels(monkeypatch):
     adversarial, misplaced = labels.clone(), centres.clone()
     adversarial[test] = (labels[test] + 1) % CLASSES
     misplaced[test] = 100 - centres[test]
-    monkeypatch.setattr("lib.probes.few_shot", lambda *_: few_shot(labels, 10, 3))
+    monkeypatch.setattr("lib.measurements.probes.few_shot", lambda *_: few_shot(labels, 10, 3))
     other = probed(tokens, adversarial, misplaced)
     assert np.array_equal(honest["penalty"], other["penalty"], equal_nan=True)
     assert np.array_equal(honest["centre"], other["centre"])

@@ -22,7 +22,7 @@ from lib import measure as measuring
 from lib import processes, records
 from lib.__main__ import main
 from lib.cka import MinibatchCKA
-from lib.localisation import Localisation
+from lib.measurements.localisation import Localisation
 from lib.records import ROOT
 from lib.studies import load_study
 
@@ -61,7 +61,9 @@ def one_of(rank, count, folder):
 def forks():
     """New processes that have imported the library already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lib.localisation", "lib.measure", "lib.studies", "timm"])
+    context.set_forkserver_preload(
+        ["lib.measurements.localisation", "lib.measure", "lib.studies", "timm"]
+    )
     return context
 
 

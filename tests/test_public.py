@@ -14,14 +14,14 @@ import timm
 import torch
 from PIL import Image
 
-from lib import hub, studies
+from lib import studies
 from lib.__main__ import main
 from lib.cka import MinibatchCKA
-from lib.localisation import Localisation
 from lib.measure import measure
-from lib.probes import Probes
+from lib.measurements.localisation import Localisation
+from lib.measurements.probes import Probes
 from lib.records import ROOT, between, weights_hash
-from lib.studies import PUBLIC, Lab, Public, PublicRole, load_study, study_names
+from lib.studies import PUBLIC, Lab, Public, PublicRole, hub, load_study, study_names
 from lib.taps import tap_names
 
 SHIPPED = ["imagenet-small", "imagenet", "imagenet-paper"]

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from lib.receptive_field import (
+from lib.measurements.receptive_field import (
     central_share,
     dominance,
     estimate,

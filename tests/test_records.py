@@ -11,8 +11,8 @@ from bs4 import BeautifulSoup
 from torch import nn
 
 from lib import records
-from lib.images import Images
 from lib.records import between, cached, load, save, tensor_hash, weights_hash
+from lib.studies.images import Images
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage, stats
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from lib import images, scenes
+from lib.studies import images, scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 8192
@@ -69,7 +69,8 @@ def test_a_scene_does_not_depend_on_its_batch_or_their_order(many):
 
 def test_a_scene_does_not_depend_on_the_number_of_threads_or_the_process():
     code = (
-        "import hashlib\nfrom lib import scenes\ndrawn = scenes.draw(range(512), 'test', 3)\n"
+        "import hashlib\nfrom lib.studies import scenes\n"
+        "drawn = scenes.draw(range(512), 'test', 3)\n"
         "print(hashlib.sha256(b''.join(f.numpy().tobytes() for f in drawn)).hexdigest())"
     )
     found, threads = set(), torch.get_num_threads()

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 from bs4 import BeautifulSoup
 
-from lib import scoreboard
+from lib.site import board
 
 SITE = Path(__file__).resolve().parents[1] / "_build" / "html"
 PHONE = 390  # CSS pixels
@@ -288,7 +288,7 @@ def test_the_scoreboard_is_sorted_by_what_is_clicked(browser, server):
         "return [...document.querySelectorAll('[data-of] button')].map(found => found.ariaLabel)"
     )
     assert len(named) == len(set(named)) > 0  # columns of the same name belong to other studies
-    studies = {study for study, folder in scoreboard.folders().items() if folder.is_dir()}
+    studies = {study for study, folder in board.folders().items() if folder.is_dir()}
     assert {label.rsplit(", ")[-1] for label in named} == studies
     button = "document.querySelector('.sortable th[data-column=\"1\"] button')"
     for direction in ("ascending", "descending"):

@@ -13,11 +13,11 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lib import images, models, records, studies, training
+from lib import records, studies
 from lib.__main__ import main
-from lib.scenes import TASKS
-from lib.studies import CHECKPOINTS, Lab, Role, load_study
-from lib.training import Recipe
+from lib.studies import CHECKPOINTS, Lab, Role, images, load_study, networks, training
+from lib.studies.scenes import TASKS
+from lib.studies.training import Recipe
 
 SIZE = 2_500_000  # bytes, of one file of weights
 GOOD = 0.6  # chance is 1/16, and either factor alone gives 1/4
@@ -146,7 +146,7 @@ def test_what_the_lab_has_trained_is_not_trained_again(lab, tmp_path, monkeypatc
 
 def test_every_role_is_a_network_of_the_lab_and_says_what_it_is_for(lab):
     for name, role in lab.roles.items():
-        assert role.architecture in models.ARCHITECTURES
+        assert role.architecture in networks.ARCHITECTURES
         assert len(role.purpose) > 10
         assert lab.role(name) is lab.role(f"{name}_untrained") is role
 
@@ -167,7 +167,7 @@ def test_a_role_that_starts_from_another_has_its_weights_and_a_classifier_of_its
     for name in ("vit_tuned_colour", "resnet_tuned_fine_textures"):
         role = lab.roles[name]
         start, before = lab.model(role.start), lab.model(f"{name}_untrained")
-        fresh = models.build(role.architecture, role.recipe.seed).state_dict()
+        fresh = networks.build(role.architecture, role.recipe.seed).state_dict()
         for key, value in before.state_dict().items():
             head = key.startswith("head.")
             assert torch.equal(value, (fresh if head else start.state_dict())[key]), key
@@ -205,9 +205,9 @@ def test_untrained_twins_are_reproducible_and_of_their_own_seed(lab, name):
     assert records.weights_hash(twin) == records.weights_hash(again)
     assert not any(module.training for module in twin.modules())
     for seed in (0, 1, 2):
-        same = records.weights_hash(models.build(role.architecture, seed)) == records.weights_hash(
-            twin
-        )
+        same = records.weights_hash(
+            networks.build(role.architecture, seed)
+        ) == records.weights_hash(twin)
         assert same == (seed == role.recipe.seed)
 
 
@@ -215,7 +215,7 @@ def test_building_a_network_leaves_the_global_random_stream_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    models.build("mixer", 5)
+    networks.build("mixer", 5)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -246,7 +246,7 @@ def little(monkeypatch, tmp_path):
     """The lab with one role, ``little``, and folders of its own."""
     recipe = Recipe(images=512, distinct=256, batch_size=32, warmup_steps=4, seed=3)
     monkeypatch.setattr(Lab, "roles", {"little": Role("little", recipe, "as small as it gets")})
-    monkeypatch.setitem(models.ARCHITECTURES, "little", Little)
+    monkeypatch.setitem(networks.ARCHITECTURES, "little", Little)
     monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr(studies, "TEST_IMAGES", 256)
     return Lab()
@@ -297,12 +297,12 @@ def test_training_writes_weights_and_a_card_that_is_true(little, tmp_path):
 def test_the_card_speaks_of_the_weights_of_the_recipe(little, tmp_path):
     train(little, tmp_path)
     recipe = little.roles["little"].recipe
-    model = models.build("little", recipe.seed)
+    model = networks.build("little", recipe.seed)
     val = images.scene_images(16, "val")
     data = images.SceneSet(256)
     training.train(model, recipe, data, (val.pixels, val.labels), tmp_path / "again")
-    rounded = model.half().float()
-    assert records.weights_hash(rounded) == little.cards["little"]["weights"]
+    model.load_state_dict(training.unpack(training.pack(model.state_dict())))
+    assert records.weights_hash(model) == little.cards["little"]["weights"]
 
 
 def test_an_interrupted_training_goes_on(little, tmp_path, monkeypatch):
@@ -381,7 +381,7 @@ def test_weights_are_those_of_the_card(lab, name, card):
     assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
     assert (card["study"], card["role"]) == ("lab", name)
     assert card["parameters"] == sum(value.numel() for value in model.parameters())
-    assert card["multiply_adds"] == models.multiply_adds(model)
+    assert card["multiply_adds"] == networks.multiply_adds(model)
 
 
 @each_role
@@ -431,7 +431,7 @@ def test_a_trained_network_comes_from_its_own_untrained_twin(lab, name):
 
     own = likeness(lab.model(f"{name}_untrained").state_dict())
     others = [
-        likeness(models.build(architecture, seed + shift).state_dict()) for shift in (1, 2, 3)
+        likeness(networks.build(architecture, seed + shift).state_dict()) for shift in (1, 2, 3)
     ]
     assert own > 0.1
     assert max(map(abs, others)) < own / 5

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import models, photographs, records, studies, tiny_imagenet, training
+from lib import records, studies
 from lib.cka import MinibatchCKA
 from lib.measure import measure
-from lib.studies import TinyImagenetSmall, load_study
-from lib.training import CroppingRecipe, Recipe, crop
+from lib.studies import TinyImagenetSmall, load_study, networks, pictures, tiny_imagenet, training
+from lib.studies.training import CroppingRecipe, Recipe, crop
 
 WNIDS = ("n03000000", "n01000000", "n02000000")  # not in sorted order, as the publisher's are not
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiny-imagenet"
@@ -316,7 +316,7 @@ def study(unpacked, monkeypatch, tmp_path):
     monkeypatch.setattr(TinyImagenetSmall, "of_each_class", 12)
     monkeypatch.setattr(TinyImagenetSmall, "trained_on", 10)
     monkeypatch.setattr(
-        TinyImagenetSmall, "size", models.Size(classes=3, width=16, depth=2, heads=2)
+        TinyImagenetSmall, "size", networks.Size(classes=3, width=16, depth=2, heads=2)
     )
     recipe = CroppingRecipe(images=60, distinct=30, batch_size=3, warmup_steps=2)
     monkeypatch.setattr(TinyImagenetSmall, "recipe", recipe)
@@ -355,7 +355,7 @@ def test_images_are_of_the_validation_set_with_labels_and_boxes(study):
     assert images.pixels.shape == (6, 3, 32, 32)
     assert images.labels.bincount().tolist() == [2, 2, 2]
     assert study.classes == ["class 1", "class 2", "class 3"]
-    places = photographs.order(study.test, 0)[:6]
+    places = pictures.order(study.test, 0)[:6]
     assert torch.equal(images.boxes, study.test.boxes[places] / 2)
     assert torch.equal(study.images(9).pixels[:6], images.pixels)
     assert not torch.equal(study.images(6, seed=1).pixels, images.pixels)
@@ -443,7 +443,7 @@ def test_recipes_fit_the_data(name):
 def test_the_large_networks_are_matched_in_cost_and_end_in_the_same_grid():
     size = load_study("tiny-imagenet").size
     with torch.device("meta"):
-        vit, resnet = (models.ARCHITECTURES[name](size) for name in ("vit", "resnet"))
+        vit, resnet = (networks.ARCHITECTURES[name](size) for name in ("vit", "resnet"))
     assert sum(p.numel() for p in vit.parameters()) == pytest.approx(1e7, rel=0.05)
     shapes = {}
     resnet.stages.register_forward_hook(lambda *given: shapes.update(resnet=given[2].shape))

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lib import models, training
-from lib.training import Recipe
+from lib.studies import networks, training
+from lib.studies.training import Recipe
 
 # 100 steps, 10 to an epoch: a point of the curve every 2 and a saved state every 5.
 SHORT = Recipe(images=1600, distinct=160, batch_size=16, lr=3e-3, warmup_steps=10)
@@ -419,7 +419,7 @@ def test_skips_fade_from_whole_to_nothing():
 
 
 def test_a_network_ends_without_the_skips_that_fade(tmp_path):
-    model = models.without_skips(network(), 0)
+    model = networks.without_skips(network(), 0)
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda block, _: seen.append(block.skip))
     recipe = dataclasses.replace(SHORT, fade=0.25)

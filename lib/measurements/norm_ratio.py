@@ -1,0 +1,569 @@
+"""Skip and branch: how much of a block's output its skip connection carries, and how much it adds.
+
+A residual block computes z + f(z): the skip connection carries z, the branch adds f(z). Their norms
+and the angle between them, token by token, are those of the paper's Fig. 7 and appendix E. Each z
+waits in the hook for its own f (or the other way round) and no longer: what is kept of the two are
+a few sums.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from timm.models.mlp_mixer import MixerBlock
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.resnetv2 import PreActBasic, PreActBottleneck
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lib.cka import jackknife_margin
+from lib.studies.networks import BlockWithoutSkips, UnitWithoutSkip
+from lib.taps import INPUT, TapError, tap_names
+
+TOKENS = ("class", "patch")
+QUANTITIES = ("ratio", "cosine", "branch_cosine", "skip_norm", "branch_norm")
+OCTAVE = 16  # bins of the histogram to a doubling of the ratio
+EDGES = 2.0 ** np.linspace(-8, 12, 20 * OCTAVE + 1)
+
+POST_NORM = (
+    "its branch ends in a normalisation, which fixes ‖f(z)‖ whatever the branch computes, so the "
+    "ratio would only say how long z is"
+)
+PARALLEL = "attention and MLP are added to the same z at once, so neither has a skip of its own"
+REFUSED = {
+    "ResPostBlock": POST_NORM,
+    "SwinTransformerV2Block": POST_NORM,
+    "SwinTransformerV2CrBlock": POST_NORM,
+    "ParallelScalingBlock": PARALLEL,
+    "DiffParallelScalingBlock": PARALLEL,
+    "ParallelThingsBlock": PARALLEL,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SubLayer:
+    """One addition z + f(z) of a network.
+
+    skip       : tap of z, on the stream before any normalisation, or behind a projection
+    branch     : tap of f(z), behind the output projection and the LayerScale
+    projected  : whether z is a projection of the block's input instead of the input itself
+    transposed : whether the branch is computed as (n, width, tokens)
+    """
+
+    skip: str
+    branch: str
+    projected: bool = False
+    transposed: bool = False
+
+
+def sublayers(model: nn.Module) -> list[SubLayer]:
+    """The additions of a pre-norm ViT, Mixer or ResNet (v1 or v2), from input to output.
+
+    Blocks that lost their skip connections (:func:`lib.studies.networks.without_skips`) have none.
+
+    Raises
+    ------
+    TapError
+        If a block is of another kind, saying why a post-norm or parallel one has no such ratio.
+    """
+    modules = dict(model.named_modules())
+    found: list[SubLayer] = []
+    for name, module in modules.items():
+        if (kind := type(module).__name__) in REFUSED:
+            raise TapError(f"a {kind} ({name}) has no norm ratio: {REFUSED[kind]}")
+    for name in tap_names(model, "blocks"):
+        block = modules[name]
+        kind = type(block)
+        if kind in (BlockWithoutSkips, UnitWithoutSkip):
+            continue
+        if kind is Block:
+            attention, mlp = (
+                scale if not isinstance(getattr(block, scale), nn.Identity) else branch
+                for branch, scale in (("attn", "ls1"), ("mlp", "ls2"))
+            )
+            found += [
+                SubLayer(f"{name}.norm1{INPUT}", f"{name}.{attention}"),
+                SubLayer(f"{name}.norm2{INPUT}", f"{name}.{mlp}"),
+            ]
+        elif kind is MixerBlock:
+            found += [
+                SubLayer(f"{name}.norm1{INPUT}", f"{name}.mlp_tokens", transposed=True),
+                SubLayer(f"{name}.norm2{INPUT}", f"{name}.mlp_channels"),
+            ]
+        elif kind in (BasicBlock, Bottleneck, PreActBasic, PreActBottleneck):
+            last = {BasicBlock: "bn2", Bottleneck: "bn3", PreActBasic: "conv2"}.get(kind, "conv3")
+            last = "se" if getattr(block, "se", None) is not None else last
+            projected = block.downsample is not None
+            skip = f"{name}.downsample" if projected else f"{name}{INPUT}"
+            found.append(SubLayer(skip, f"{name}.{last}", projected))
+        else:
+            raise TapError(
+                f"no norm ratio for a {kind.__name__} ({name}): skip and branch are known of the "
+                "ViT's Block, MixerBlock, BasicBlock, Bottleneck, PreActBasic and PreActBottleneck"
+            )
+    if not found:
+        raise TapError(f"no block of this {type(model).__name__} has a skip connection")
+    return found
+
+
+class Comparison(NamedTuple):
+    """What is kept of a z and its f(z).
+
+    images    : how many images there were
+    projected : whether z is a projection
+    sums      : (2, 5, 2) for class token and patches, QUANTITIES, sum and number of tokens
+    histogram : (2, bins) of the ratios
+    tokens    : (patches, 2) sum and number of the ratios at each patch; none for feature maps
+    branch    : tap of the branch, if it is not the tap that fired last
+    """
+
+    images: int
+    projected: bool
+    sums: Tensor
+    histogram: Tensor
+    tokens: Tensor
+    branch: str = ""
+
+
+def compare(
+    skip: Tensor,
+    branch: Tensor,
+    prefix_tokens: int = 0,
+    class_token: bool = False,
+    projected: bool = False,
+) -> Comparison:
+    """Norms of z and f(z), their ratio and their cosines, summed over images.
+
+    Parameters
+    ----------
+    skip, branch : tensor (n, tokens, width) or (n, channels, h, w)
+        z and f(z). Every location of a feature map is a token.
+    prefix_tokens : int
+        Tokens before the patches. All but the class token (registers, a distillation token) are
+        left out.
+    class_token : bool
+        Whether the first of them is a class token.
+
+    A token with f(z) = 0 has an infinite ratio. Ratios and cosines that are undefined (0/0) do not
+    count.
+    """
+    if skip.shape != branch.shape:
+        shapes = f"{tuple(skip.shape)} and {tuple(branch.shape)}"
+        raise ValueError(f"a skip and its branch have the same shape; got {shapes}")
+    axis = 1 if skip.dim() == 4 else -1
+    z, f = skip.float(), branch.float()
+
+    def dot(a, b):
+        product = torch.linalg.vecdot(a, b, dim=axis).flatten(1)
+        return product.to("cpu" if product.device.type == "mps" else product.device, torch.float64)
+
+    zz, zf, ff = dot(z, z), dot(z, f), dot(f, f)
+    z_norm, f_norm = zz.sqrt(), ff.sqrt()
+    out_norm = (zz + 2 * zf + ff).clamp(min=0).sqrt()  # of z + f
+    values = torch.stack(
+        [
+            z_norm / f_norm,
+            (zz + zf) / (z_norm * out_norm),
+            zf / (z_norm * f_norm),
+            z_norm,
+            f_norm,
+        ]
+    )
+    groups = values[..., : int(class_token)], values[..., prefix_tokens:]
+    patches = groups[1][0].T[: 0 if axis == 1 else None]
+    return Comparison(
+        images=len(skip),
+        projected=projected,
+        sums=torch.stack([_sum_and_count(group.flatten(1)) for group in groups]),
+        histogram=torch.stack([_histogram(group[0]) for group in groups]),
+        tokens=_sum_and_count(patches),
+    )
+
+
+class NormRatio(Metric):
+    """How long the skip z of every sub-layer is beside what its branch f(z) adds, and their angle.
+
+    Measures, for the class token and for patches (or locations) apart:
+
+    - the ratio ‖z‖ / ‖f(z)‖ of the paper's Fig. 7, as the mean of the tokens' ratios and, because
+      a few short f(z) make a mean long, as their median;
+    - the cosine of z with z + f(z), appendix E.2, and the cosine of z with f(z);
+    - the mean norms of z and f(z).
+
+    Parameters
+    ----------
+    groups : int
+        Minibatches are dealt to this many groups, which are kept apart for intervals.
+
+    The median is read from a histogram of the ratios, the one thing about a median that adds up
+    over minibatches and processes without keeping every ratio. It has 16 bins to an octave, from
+    1/256 to 4096, and the median is interpolated within its bin; for a median outside, it is 0 or
+    infinite.
+
+    Examples
+    --------
+    >>> record = measure(study, ["vit"], [NormRatio()])              # doctest: +SKIP
+    >>> Curves(record)("vit", "attention", "class")                  # doctest: +SKIP
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, groups: int = 20):
+        super().__init__()
+        if groups < 2:
+            raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
+        self.groups = groups
+        self.names: list[str] = []
+        self.projected: list[bool] = []
+        self.add_state("seen", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
+
+    @property
+    def settings(self) -> dict:
+        """What a record of this measurement depends on."""
+        return {"groups": self.groups}
+
+    def taps(self, model: nn.Module) -> list[str]:
+        """The taps of every skip and branch of a network."""
+        return [tap for layer in sublayers(model) for tap in (layer.skip, layer.branch)]
+
+    def reset(self) -> None:
+        """Forget all minibatches, and which taps they had."""
+        super().reset()
+        self.names, self.projected = [], []
+
+    def reducer(self, model: nn.Module) -> Callable[[str, Tensor], Comparison | None]:
+        """What the hooks of one forward pass keep: of a skip and its branch, how they compare.
+
+        The one that fires first waits for the other, and is let go with it.
+        """
+        layers = {tap: layer for layer in sublayers(model) for tap in (layer.skip, layer.branch)}
+        prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        class_token = bool(prefix_tokens and getattr(model, "has_class_token", False))
+        waiting: dict[str, Tensor] = {}
+
+        def reduce(name, value):
+            layer = layers[name]
+            if name == layer.branch and layer.transposed:
+                value = value.mT
+            partner = layer.skip if name == layer.branch else layer.branch
+            if partner not in waiting:
+                waiting[name] = value
+                return None
+            other = waiting.pop(partner)
+            skip, branch = (other, value) if name == layer.branch else (value, other)
+            one = compare(skip, branch, prefix_tokens, class_token, layer.projected)
+            return one._replace(branch=layer.branch)
+
+        return reduce
+
+    def update(self, *, reduced: Mapping[str, Comparison], batch: int | None = None) -> None:
+        """Add one minibatch: by name, what :func:`compare` or the hooks made of it.
+
+        ``batch`` is the minibatch's number, which decides its group; by default they are counted.
+        """
+        reduced = {
+            # A projection may be computed after the branch; the pair is named by its branch.
+            "/".join([*name.split("/")[:-1], one.branch or name.split("/")[-1]]): one
+            for name, one in reduced.items()
+        }
+        if not self.names:
+            self.names = list(reduced)
+            self.projected = [one.projected for one in reduced.values()]
+            self._make_room(reduced)
+        if set(reduced) != set(self.names):
+            odd = sorted(set(reduced) ^ set(self.names))
+            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
+        group = int(self.seen.argmin()) if batch is None else batch % self.groups
+        for place, name in enumerate(self.names):
+            one = reduced[name]
+            self.sums[group, place] += one.sums
+            self.histogram[group, place] += one.histogram
+            self.tokens[place, : len(one.tokens)] += one.tokens
+        self.seen[group] += one.images
+
+    def _make_room(self, reduced) -> None:
+        some = next(iter(reduced.values()))
+        most = max(len(one.tokens) for one in reduced.values())
+        shapes = {
+            "sums": (self.groups, len(reduced), *some.sums.shape),
+            "histogram": (self.groups, len(reduced), *some.histogram.shape),
+            "tokens": (len(reduced), most, 2),
+        }
+        for name, shape in shapes.items():
+            empty = torch.zeros(shape, dtype=some.sums.dtype, device=some.sums.device)
+            self.add_state(name, empty, dist_reduce_fx="sum")
+
+    def compute(self) -> xr.Dataset:
+        """The measured quantities and what their intervals are made of.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``residual``, ``residual_low``, ``residual_high`` (branch, token, quantity): estimate
+            and 95 % interval (jackknife over groups of minibatches) of ``ratio``, ``cosine``,
+            ``branch_cosine``, ``skip_norm``, ``branch_norm`` and ``median``, for the ``class``
+            token and for the mean of ``patch`` tokens. Norms in units of the network.
+            ``token_ratio`` (branch, patch): the mean ratio at every patch of a transformer, row by
+            row. ``projected`` (branch): whether the skip is a projection. ``residual_sums``,
+            ``residual_histogram``: sums per group. A branch is named as its tap.
+        """
+        if not self.names:
+            raise ValueError("the norm ratio needs at least one minibatch, and none was added")
+        used = self.seen > 0
+        sums, histogram = (
+            state[used].cpu().double().numpy() for state in (self.sums, self.histogram)
+        )
+        values, margin = {}, {}
+        for names, groups, statistic in (
+            (QUANTITIES, sums, _mean),
+            (("median",), histogram, lambda counts: median(counts)[..., None]),
+        ):
+            with np.errstate(invalid="ignore"):  # an infinite mean has no interval
+                value, error = statistic(groups.sum(0)), jackknife_margin(groups, statistic)
+            for place, name in enumerate(names):
+                values[name], margin[name] = value[..., place], error[..., place]
+        value, error = (np.stack(list(part.values()), axis=-1) for part in (values, margin))
+        cells = ("branch", "token", "quantity")
+        return xr.Dataset(
+            {
+                "residual": (cells, value),
+                "residual_low": (cells, value - error),
+                "residual_high": (cells, value + error),
+                "token_ratio": (("branch", "patch"), _mean(self.tokens.cpu().numpy())),
+                "projected": ("branch", self.projected),
+                "residual_sums": (("group", "branch", "token", "summed", "part"), sums),
+                "residual_histogram": (("group", "branch", "token", "bin"), histogram),
+            },
+            coords={
+                "branch": self.names,
+                "token": list(TOKENS),
+                "quantity": list(values),
+                "summed": list(QUANTITIES),
+                "part": ["sum", "count"],
+            },
+        )
+
+
+def median(histogram) -> np.ndarray:
+    """Medians of ratios (...) from histograms (..., bins); NaN where nothing was counted."""
+    counts = np.asarray(histogram, dtype=float)
+    below = np.cumsum(counts, axis=-1)
+    half = below[..., -1:] / 2
+    place = (below < half).sum(-1, keepdims=True)  # the first bin that reaches the half
+    within = np.take_along_axis(counts, place, -1)
+    before = np.take_along_axis(below, place, -1) - within
+    with np.errstate(invalid="ignore"):
+        share = (half - before) / within
+    edges = np.log2(EDGES)
+    inner = np.clip(place - 1, 0, len(edges) - 2)  # the first bin and the last are open
+    value = 2 ** (edges[inner] + share * (edges[inner + 1] - edges[inner]))
+    value = np.where(place == 0, 0.0, np.where(place > len(edges) - 1, np.inf, value))
+    return np.where(half > 0, value, np.nan)[..., 0]
+
+
+def _sum_and_count(values: Tensor) -> Tensor:
+    """Sum and number (..., 2) of the values (..., n) that are defined."""
+    defined = ~values.isnan()
+    return torch.stack([values.nan_to_num(0, torch.inf, -torch.inf).sum(-1), defined.sum(-1)], -1)
+
+
+def _histogram(ratios: Tensor) -> Tensor:
+    """Counts in float64 of ratios of any shape, in an open bin, the bins of EDGES, an open bin."""
+    ratios = ratios[~ratios.isnan()]
+    edges = torch.as_tensor(EDGES, dtype=ratios.dtype, device=ratios.device)
+    bins = torch.bucketize(ratios, edges, right=True)
+    return torch.bincount(bins, minlength=len(EDGES) + 1).to(ratios.dtype)
+
+
+def _mean(sums: np.ndarray) -> np.ndarray:
+    """Means (...) from sums and counts (..., 2); NaN where nothing was counted."""
+    total, count = sums[..., 0], sums[..., 1]
+    return total / np.where(count > 0, count, np.nan)
+
+
+# Curves over depth --------------------------------------------------------------------------------
+
+
+class Curves:
+    """What a record says about sub-layers, as curves over depth.
+
+    ``curves("vit", "attention", "class")`` is the norm ratio of the class token at every attention,
+    from input to output. Sub-layers are ``"attention"`` (a Mixer's token mixing takes its place)
+    and ``"mlp"``, ``"all"`` of them in order, or the ``"unit"`` of a ResNet.
+
+    Parameters
+    ----------
+    record : xarray.Dataset
+        With the variables of :class:`NormRatio`.
+    cast : dict, optional
+        Other roles to play some roles, for instance ``{"vit": "vit_untrained"}``.
+    """
+
+    def __init__(self, record: xr.Dataset, cast: dict[str, str] | None = None):
+        self._cast = cast or {}
+        split = [branch.split("/", 1) for branch in record["branch"].values.tolist()]
+        self._roles = np.array([role for role, _ in split])
+        self._kinds = np.array([_kind(layer) for _, layer in split])
+        self._projected = record["projected"].values
+        self._values = record["residual"].values
+        self._quantities = record["quantity"].values.tolist()
+
+    def __call__(
+        self, role: str, sublayer: str = "all", token: str = "patch", quantity: str = "ratio"
+    ) -> np.ndarray:
+        """One value per sub-layer, (depth,)."""
+        token_at, quantity_at = TOKENS.index(token), self._quantities.index(quantity)
+        return self._values[self._where(role, sublayer), token_at, quantity_at]
+
+    def projected(self, role: str) -> np.ndarray:
+        """Which of a role's skips are projections: bool (depth,)."""
+        return self._projected[self._where(role, "all")]
+
+    def _where(self, role, sublayer):
+        role = self._cast.get(role, role)
+        wanted = ("attention", "mlp", "unit") if sublayer == "all" else (sublayer,)
+        where = np.flatnonzero((self._roles == role) & np.isin(self._kinds, wanted))
+        if not len(where):
+            known = ", ".join(dict.fromkeys(self._roles.tolist()))
+            what = "no sub-layer" if sublayer == "all" else f"no {sublayer}"
+            raise ValueError(f"{what} of {role!r} was measured; measured were {known}")
+        return where
+
+
+def _kind(layer: str) -> str:
+    last = layer.rpartition(".")[2]
+    if last in ("attn", "ls1", "mlp_tokens"):
+        return "attention"
+    return "mlp" if last in ("mlp", "ls2", "mlp_channels") else "unit"
+
+
+def estimate(
+    record: xr.Dataset,
+    statistic: Callable[[Curves], float],
+    cast: dict[str, str] | None = None,
+) -> tuple[float, float, float]:
+    """A statistic of a record's curves with its 95 % interval over images: value, low, high.
+
+    The interval is a jackknife over groups of minibatches; ``cast`` as for :class:`Curves`.
+    """
+    curves = Curves(record, cast)
+    groups = [record[name].values.astype(float) for name in ("residual_sums", "residual_histogram")]
+    shapes = [part.shape[1:] for part in groups]
+    flat = np.concatenate([part.reshape(len(part), -1) for part in groups], axis=1)
+    end = int(np.prod(shapes[0]))
+
+    def of_sums(total):
+        means = _mean(total[:end].reshape(shapes[0]))
+        medians = median(total[end:].reshape(shapes[1]))
+        part = copy.copy(curves)
+        part._values = np.concatenate([means, medians[..., None]], axis=-1)
+        return np.asarray(float(statistic(part)))
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, margin = float(of_sums(flat.sum(0))), float(jackknife_margin(flat, of_sums))
+    return value, value - margin, value + margin
+
+
+# Statistics of the claims -------------------------------------------------------------------------
+
+
+def class_over_patches(
+    curves: Curves, quantity: str = "ratio", skip_first: bool = True
+) -> tuple[float, float]:
+    """How far the class token's ratio lies above the patches', early and late.
+
+    In doublings, averaged over blocks and sub-layers of the first and of the second half. The first
+    block is left out: its class token is a learned constant, as short or long as it was made.
+    """
+
+    def doublings(sublayer):
+        return np.log2(_class(curves, sublayer, quantity) / _patch(curves, sublayer, quantity))
+
+    return _halves(_by_block(doublings), skip_first)
+
+
+def crossing(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
+    """How far the class token's ratio lies above the patches' early, and below them late.
+
+    The smaller of the two in :func:`class_over_patches`, so that it is positive only if the curves
+    cross.
+    """
+    early, late = class_over_patches(curves, quantity, skip_first)
+    return min(early, -late)
+
+
+def above_resnet(curves: Curves, quantity: str = "median") -> float:
+    """Median over the ViT's sub-layers of how far its patches' ratio exceeds the ResNet's.
+
+    In doublings, at equal relative depth; positive if it does at most depths. The ResNet's curve is
+    interpolated between its units, without those whose skip is a projection; NaN if all are. Of
+    medians, because a ResNet's branch adds nothing at all where every channel is cut off by its
+    ReLU, and one such location makes the mean infinite.
+    """
+    vit = np.log2(curves("vit", quantity=quantity))
+    resnet = np.log2(curves("resnet", quantity=quantity))
+    identity = ~curves.projected("resnet")
+    if not identity.any():
+        return np.nan
+    depth = np.linspace(0, 1, len(resnet))[identity]
+    return float(np.median(vit - np.interp(np.linspace(0, 1, len(vit)), depth, resnet[identity])))
+
+
+def class_changes_late(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
+    """By how many doublings the class token's ratio is lower in the second half of the blocks."""
+    ratio = _by_block(lambda sub: np.log2(_class(curves, sub, quantity)))
+    early, late = _halves(ratio, skip_first)
+    return early - late
+
+
+def class_changes_by_mlp(curves: Curves, quantity: str = "ratio") -> float:
+    """By how many doublings the class token's ratio is lower at the MLPs of the second half.
+
+    Lower than at the attentions of the same blocks, that is.
+    """
+    attention, mlp = (np.log2(_class(curves, sub, quantity)) for sub in ("attention", "mlp"))
+    return _halves(attention - mlp, skip_first=False)[1]
+
+
+def patches_align(curves: Curves) -> float:
+    """By how much the patches' cosine of z with z + f(z) is higher in the second half of blocks."""
+    cosine = _by_block(lambda sub: _patch(curves, sub, "cosine"))
+    early, late = _halves(cosine, skip_first=False)
+    return late - early
+
+
+def patches_aligned(curves: Curves) -> float:
+    """The patches' cosine of z with z + f(z) in the last block, mean of attention and MLP."""
+    return float(_by_block(lambda sub: _patch(curves, sub, "cosine"))[-1])
+
+
+def class_turns(curves: Curves, skip_first: bool = True) -> float:
+    """By how much the class token's cosine of z with z + f(z) is lower in the second half."""
+    cosine = _by_block(lambda sub: _class(curves, sub, "cosine"))
+    early, late = _halves(cosine, skip_first)
+    return early - late
+
+
+def _class(curves, sublayer, quantity):
+    return curves("vit", sublayer, "class", quantity)
+
+
+def _patch(curves, sublayer, quantity):
+    return curves("vit", sublayer, "patch", quantity)
+
+
+def _by_block(of_sublayer) -> np.ndarray:
+    """Mean over attention and MLP of what a function gives for each, (blocks,)."""
+    return np.mean([of_sublayer("attention"), of_sublayer("mlp")], axis=0)
+
+
+def _halves(curve: np.ndarray, skip_first: bool) -> tuple[float, float]:
+    """Means over the first and the second half of a curve over blocks."""
+    half = len(curve) // 2
+    return float(curve[int(skip_first) : half].mean()), float(curve[half:].mean())

@@ -1,0 +1,422 @@
+"""Linear probes: what can be read from a layer's tokens by a linear map, the network left as it is.
+
+Classes are read by least squares on targets of +1 and -1, the object's place by least squares on
+its centre. Both have a closed form, so thousands of probes (every token of every layer, the paper's
+Fig. 11) take seconds.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import xarray as xr
+from scipy import stats
+from torch import Tensor
+from torchmetrics import Metric
+
+from lib.measurements.localisation import coarsen
+from lib.taps import split_tokens
+
+PENALTIES = tuple(8.0**power for power in range(7))
+READOUTS = ("class token", "mean of patches", "mean of all", "first patch")
+ARRANGEMENTS = ("patches side by side", "mean of patches")
+
+
+class Part(NamedTuple):
+    """Features (..., n, width) of n images and what is to be read from them, (n, outputs)."""
+
+    features: Tensor
+    targets: Tensor
+
+
+def ridge(fit: Part, penalties) -> tuple[Tensor, Tensor]:
+    """Linear maps that minimise squared error + penalty x squared weights, one for every penalty.
+
+    The penalty is on the weights of standardised features, of mean 0 and variance 1 over the images
+    of the fit; the maps are for features as they are.
+
+    Returns
+    -------
+    weights : Tensor (..., width, penalties, outputs)
+    bias : Tensor (..., penalties, outputs)
+        Not penalised. (The code this follows appends a constant feature of 100 instead, which
+        penalises the bias by a ten-thousandth.)
+    """
+    mean = fit.features.mean(-2, keepdim=True)
+    x = fit.features - mean
+    deviation = x.square().mean(-2, keepdim=True).sqrt()
+    # What is no more than rounding is no feature.
+    deviation = torch.where(deviation > 4 * torch.finfo(x.dtype).eps * mean.abs(), deviation, 1)
+    x /= deviation
+    y = fit.targets.to(x.dtype)
+    y_mean = y.mean(-2, keepdim=True)
+    y = (y - y_mean).expand(*x.shape[:-1], -1)
+    # With K = X X', (X'X + p)^-1 X'Y = X' (K + p)^-1 Y: take the smaller of the two matrices.
+    wide = x.shape[-1] > x.shape[-2]
+    gram, right = (x @ x.mT, y) if wide else (x.mT @ x, x.mT @ y)
+    one = torch.eye(gram.shape[-1], dtype=x.dtype, device=x.device)
+    weights = torch.cat([torch.linalg.solve(gram + p * one, right) for p in penalties], dim=-1)
+    weights = (x.mT @ weights if wide else weights) / deviation.mT
+    shape = (len(penalties), y.shape[-1])
+    bias = y_mean - (mean @ weights).unflatten(-1, shape).squeeze(-3)
+    return weights.unflatten(-1, shape), bias
+
+
+def read(features: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
+    """What :func:`ridge`'s maps make of features (..., m, width): (..., m, penalties, outputs)."""
+    return (features @ weights.flatten(-2)).unflatten(-1, bias.shape[-2:]) + bias.unsqueeze(-3)
+
+
+def read_out(
+    fit: Part,
+    held_out: Part,
+    features: Tensor,
+    merit: Callable[[Tensor, Tensor], Tensor],
+    penalties=PENALTIES,
+) -> tuple[Tensor, float]:
+    """Read targets by the ridge whose penalty does best on training images that were held out.
+
+    Parameters
+    ----------
+    fit, held_out : Part
+        Two parts of the training images. Features may have leading axes ``(tokens, n, width)``:
+        a probe for each, all with the same penalty.
+    features : Tensor (..., m, width)
+        Of the images to read from.
+    merit : callable
+        Of outputs and targets (..., n, outputs); more is better. :func:`accuracy` or
+        :func:`negative_error`.
+    penalties : sequence of float
+        In increasing order; of equals the strongest is taken.
+
+    Returns
+    -------
+    outputs : Tensor (..., m, outputs)
+    penalty : float
+    """
+    maps = ridge(fit, penalties)
+    merits = merit(read(held_out.features, *maps).movedim(-2, 0), held_out.targets)
+    merits = merits.reshape(len(penalties), -1).mean(1)
+    best = len(penalties) - 1 - int(merits.flip(0).argmax())
+    return read(features, *maps)[..., best, :], penalties[best]
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Share of images (..., n, classes) whose largest output is the target's."""
+    return (outputs.argmax(-1) == targets.argmax(-1)).float().mean(-1)
+
+
+def negative_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Minus the mean squared error over images and outputs (..., n, outputs)."""
+    return -(outputs - targets).square().mean((-2, -1))
+
+
+def signs(labels: Tensor, classes: int) -> Tensor:
+    """Labels (n,) -> targets (n, classes): +1 for an image's class, -1 for all others."""
+    return 2.0 * F.one_hot(labels, classes) - 1
+
+
+def few_shot(labels: Tensor, shots: int, draws: int, seed: int = 0) -> list[Tensor]:
+    """Indices of ``shots`` images of every class, several times; no two draws share an image."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = {int(label): order[labels[order] == label] for label in labels.unique()}
+    rarest = min(by_class, key=lambda label: len(by_class[label]))
+    if len(by_class[rarest]) <= shots * draws:
+        raise ValueError(
+            f"{draws} draws of {shots} images per class, and images to test on, need more than "
+            f"{shots * draws} of each, and there are only {len(by_class[rarest])} of class "
+            f"{rarest} among {len(labels)}: measure more images, or lower shots or draws"
+        )
+    return [
+        torch.cat([members[draw * shots : (draw + 1) * shots] for members in by_class.values()])
+        for draw in range(draws)
+    ]
+
+
+class Probes(Metric):
+    """What can be read from the tapped layers: the image's class and the object's place.
+
+    ``shots`` images of every class are drawn several times, never the same ones. Each draw fits its
+    probes for the class, and the next draw's images choose their penalty. Probes for the place are
+    fitted on all draws but the last, which chooses theirs. All other images test all probes.
+
+    Parameters
+    ----------
+    taps : str or list of str
+        What :func:`lib.measure.measure` taps; each must make tokens or feature maps.
+    grid : int, optional
+        Finer grids are averaged down to ``grid`` x ``grid`` tokens.
+    width : int, optional
+        Where a finer grid has fewer channels than this, neighbouring locations are first laid side
+        by side as channels, as far as they fit, and only then averaged: the paper's device for the
+        early stages of ResNets.
+    shots, draws : int
+        Images per class, and how many times they are drawn.
+    seed : int
+        Of the draws.
+    budget : int
+        Bytes of features that may be kept. This is the only measurement that keeps any: in
+        float32, of all tokens, until the probes are fitted. 2048 images of 64 tokens of width 96
+        are 50 MB per tap. So measure one network at a time.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(
+        self,
+        taps="blocks",
+        grid: int | None = None,
+        width: int | None = None,
+        shots: int = 10,
+        draws: int = 3,
+        seed: int = 0,
+        budget: int = 2 * 2**30,
+    ):
+        super().__init__()
+        if draws < 2:
+            raise ValueError(f"the spread over draws needs at least 2 of them, not {draws}")
+        self.taps, self.grid, self.width = taps, grid, width
+        self.shots, self.draws, self.seed = shots, draws, seed
+        self.budget = budget
+        self.names: list[str] = []
+        self.kept = 0
+        for state in ("order", "labels", "centres"):
+            self.add_state(state, [], dist_reduce_fx="cat")
+
+    @property
+    def settings(self) -> dict:
+        """What a record of this measurement depends on."""
+        wanted = ("taps", "grid", "width", "shots", "draws", "seed")
+        return {name: getattr(self, name) for name in wanted}
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        self.names, self.kept = [], 0
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """What a hook keeps of an activation: (n, 2 + tokens, width), float32.
+
+        The class token (NaN if there is none), the mean of all tokens, and the patch tokens.
+        """
+        if self.width and self.grid and value.dim() == 4:
+            value = into_channels(value, self.width, self.grid)
+        cells, others = split_tokens(value.float())
+        count = others.shape[1] + cells.shape[1]
+        everything = (others.sum(1, keepdim=True) + cells.sum(1, keepdim=True)) / count
+        first = others[:, :1] if others.shape[1] else torch.full_like(everything, torch.nan)
+        return torch.cat([first, everything, coarsen(cells, self.grid)], dim=1).cpu()
+
+    def reduce_images(self, images) -> dict[str, Tensor]:
+        """What is kept of the images: their labels and the centres of their objects, in pixels."""
+        boxes = images.boxes
+        centres = torch.stack([boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]], dim=1) / 2
+        return {"labels": images.labels, "centres": centres}
+
+    def update(
+        self,
+        activations: Mapping[str, Tensor] | None = None,
+        *,
+        labels: Tensor | None = None,
+        centres: Tensor | None = None,
+        reduced: Mapping | None = None,
+        batch: int | None = None,
+    ) -> None:
+        """Add one minibatch: activations by name, labels (n,) and objects' centres (n, 2).
+
+        Or ``reduced``, what :meth:`reduce` and, under ``"images"``, :meth:`reduce_images` made of
+        it. ``batch`` is the minibatch's number; by default they are counted.
+        """
+        if reduced is None:
+            if activations is None or labels is None or centres is None:
+                raise ValueError("give update() activations, labels and centres")
+            reduced = {name: self.reduce(torch.as_tensor(x)) for name, x in activations.items()}
+        else:
+            reduced = dict(reduced)
+            labels, centres = (reduced["images"][name] for name in ("labels", "centres"))
+            del reduced["images"]
+        sizes = {name: len(x) for name, x in reduced.items()} | {"labels": len(labels)}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"features and labels must be of the same images; got {sizes}")
+        if not self.names:
+            self.names = list(reduced)
+            for place in range(len(self.names)):
+                self.add_state(f"features_{place}", [], dist_reduce_fx="cat")
+        if set(reduced) != set(self.names):
+            odd = sorted(set(reduced) ^ set(self.names))
+            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
+        self.kept += sum(x.nbytes for x in reduced.values())
+        if self.kept > self.budget:
+            raise ValueError(
+                f"the features of {len(self.names)} taps need more than the budget of "
+                f"{self.budget / 2**30:.2g} GiB: probe one network at a time, fewer taps or fewer "
+                "images, or raise budget"
+            )
+        for place, name in enumerate(self.names):
+            getattr(self, f"features_{place}").append(reduced[name])
+        batch = len(self.order) if batch is None else batch
+        self.order.append(torch.full((len(labels),), batch))
+        self.labels.append(labels.cpu())
+        self.centres.append(centres.cpu())
+
+    def compute(self) -> xr.Dataset:
+        """Fit and test all probes.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``right`` (tap, draw, readout, image): whether the class of a test image was read
+            rightly, 1 or 0, NaN for a read-out that the network does not have. ``token_right``
+            (tap, draw, image): the share of the single-token probes that read it rightly.
+            ``token_accuracy`` (tap, draw, token): the share of images each of them read rightly.
+            ``penalty`` (tap, draw, readout or single tokens): as chosen. ``centre`` (tap,
+            arrangement, image, axis): the object's centre as read from the layer, in pixels;
+            ``true_centre`` (image, axis).
+        """
+        if not self.names:
+            raise ValueError("probes need images, and none were added")
+        # Several processes have dealt the minibatches among them.
+        order = torch.argsort(_together(self.order), stable=True)
+        labels, centres = _together(self.labels)[order], _together(self.centres)[order]
+        dealt = not torch.equal(order, torch.arange(len(order)))
+        draws = few_shot(labels, self.shots, self.draws, self.seed)
+        test = torch.ones(len(labels), dtype=torch.bool)
+        test[torch.cat(draws)] = False
+        test = test.nonzero()[:, 0]
+        per_tap = []
+        for place in range(len(self.names)):
+            # Tokens first, so that each has its matrix of features.
+            features = _together(getattr(self, f"features_{place}"))
+            features = (features[order] if dealt else features).transpose(0, 1)
+            per_tap.append(
+                _probe_classes(features, labels, draws, test)
+                | _find_objects(features, centres, draws, test)
+            )
+        axes = {
+            "right": ("tap", "draw", "readout", "image"),
+            "token_right": ("tap", "draw", "image"),
+            "token_accuracy": ("tap", "draw", "token"),
+            "penalty": ("tap", "draw", "probe"),
+            "centre": ("tap", "arrangement", "image", "axis"),
+        }
+        arrays = {
+            name: (over, np.stack([one[name] for one in per_tap])) for name, over in axes.items()
+        }
+        arrays["true_centre"] = (("image", "axis"), centres[test].numpy())
+        coords = {
+            "tap": self.names,
+            "readout": list(READOUTS),
+            "probe": [*READOUTS, "single tokens"],
+            "arrangement": list(ARRANGEMENTS),
+            "axis": ["x", "y"],
+        }
+        return xr.Dataset(arrays, coords)
+
+
+def into_channels(value: Tensor, width: int, grid: int) -> Tensor:
+    """Lay squares of neighbouring locations of (n, c, h, h) side by side as channels.
+
+    The squares are the largest that fit into a cell of the grid and make at most ``width``
+    channels.
+    """
+    channels, side = value.shape[1:3]
+    cell = max(1, side // grid)
+    fitting = (k for k in range(1, cell + 1) if cell % k == 0 and channels * k * k <= width)
+    return F.pixel_unshuffle(value, max(fitting, default=1))
+
+
+def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
+    """All probes of one tap for the class, from its features (2 + tokens, n, width)."""
+    targets = signs(labels, int(labels.max()) + 1)
+    side_inputs = {
+        "class token": features[0],
+        "mean of patches": features[2:].mean(0),
+        "mean of all": features[1],
+        "first patch": features[2],
+    }
+    inputs = [*(side_inputs[name] for name in READOUTS), features[2:]]
+    right, token_right, token_accuracy, penalty = [], [], [], []
+    for fitted, held_out in zip(draws, [*draws[1:], draws[0]], strict=True):
+        hits, chosen = [], []
+        for x in inputs:
+            if x[..., 0, :].isnan().any():
+                hits.append(torch.full(test.shape, torch.nan))
+                chosen.append(math.nan)
+                continue
+            fit, held = (Part(x[..., i, :], targets[i]) for i in (fitted, held_out))
+            penalties = PENALTIES
+            if x.dim() == 3:
+                # To choose the penalty that all tokens share, the diagonal of their grid is enough.
+                some = slice(None, None, math.isqrt(len(x)) + 1)
+                few, few_held = (Part(part.features[some], part.targets) for part in (fit, held))
+                penalties = [read_out(few, few_held, few_held.features, accuracy)[1]]
+            outputs, best = read_out(fit, held, x[..., test, :], accuracy, penalties)
+            hits.append((outputs.argmax(-1) == labels[test]).float())
+            chosen.append(best)
+        right.append(torch.stack(hits[:-1]))
+        token_right.append(hits[-1].mean(0))
+        token_accuracy.append(hits[-1].mean(1))
+        penalty.append(chosen)
+    return {
+        "right": torch.stack(right).numpy(),
+        "token_right": torch.stack(token_right).numpy(),
+        "token_accuracy": torch.stack(token_accuracy).numpy(),
+        "penalty": np.array(penalty),
+    }
+
+
+def _find_objects(features, centres, draws, test) -> dict[str, np.ndarray]:
+    """The object's centre as read from one tap, from its features (2 + tokens, n, width)."""
+    fitted, held_out = torch.cat(draws[:-1]), draws[-1]
+    found = []
+    for x in (features[2:].transpose(0, 1).flatten(1), features[2:].mean(0)):
+        fit, held = (Part(x[i], centres[i]) for i in (fitted, held_out))
+        found.append(read_out(fit, held, x[test], negative_error)[0])
+    return {"centre": torch.stack(found).numpy()}
+
+
+def _together(state) -> Tensor:
+    """A list state as one tensor; after a reduction over processes it is one already."""
+    return state if isinstance(state, Tensor) else torch.cat(state)
+
+
+# What the results say -----------------------------------------------------------------------------
+
+
+def mean_interval(scores, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of scores (draws, images), or (images,), with its interval: value, low, high.
+
+    Draws and images are crossed: every draw's probes read the same test images. The variances of
+    the mean that come from either are added, and their degrees of freedom are Satterthwaite's. For
+    the difference of two probes give the differences, for their errors are not independent.
+    """
+    scores = np.atleast_2d(np.asarray(scores, dtype=float))
+    draws, images = scores.shape
+    over_draws = scores.mean(1).var(ddof=1) / draws if draws > 1 else 0.0
+    over_images = scores.mean(0).var(ddof=1) / images
+    variance = over_draws + over_images
+    value = float(scores.mean())
+    if variance == 0:
+        return value, value, value
+    freedom = over_draws**2 / max(1, draws - 1) + over_images**2 / (images - 1)
+    freedom = variance**2 / freedom
+    margin = float(stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(variance))
+    return value, value - margin, value + margin
+
+
+def r_squared(found, true) -> float:
+    """Share of the variance of the true centres (n, 2) that the found ones explain.
+
+    1 is perfect, 0 as good as always guessing the mean, negative worse than that.
+    """
+    found, true = np.asarray(found, dtype=float), np.asarray(true, dtype=float)
+    return float(1 - ((found - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum())
+
+
+def pixel_error(found, true) -> np.ndarray:
+    """Distance (n,) between found and true centres (n, 2), in pixels."""
+    return np.hypot(*np.moveaxis(np.asarray(found) - np.asarray(true), -1, 0))
