@@ -1,19 +1,19 @@
 """Records: measured results with labelled axes and their provenance, kept in small files.
 
-A record is an ``xarray.Dataset`` whose attributes say where its numbers come from. Measurements
-are cached by what they depend on, so a chapter that is run again takes seconds, and one whose
-weights, images or code have changed is measured anew.
+A record is an ``xarray.Dataset`` whose attributes say where its numbers come from. Records are
+cached by what they depend on, so a chapter that is run again takes seconds, and one whose weights,
+images or code have changed is measured anew.
 """
 
+import ast
 import functools
 import hashlib
-import inspect
-import json
-import linecache
 import os
 import platform
 import re
-from datetime import UTC, datetime
+import sys
+import types
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -23,65 +23,56 @@ import torch
 import xarray as xr
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "timm", "torchvision", "numpy", "torchmetrics")
+# Code that stores and shows numbers, and cannot change one.
+INERT = {"lib", "lib.records", "lib.processes", "lib.plots"}
+# What changes no more than a value's rounding, or is no setting.
+NO_SETTINGS = {"training", "fused_attn", "pretrained_cfg", "default_cfg"}
+DESCRIPTIVE = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__"}
 
-# Whoever changes these modules changes no measured number.
-_INERT = {
-    "__main__",
-    "run",
-    "claims",
-    "results",
-    "explorer",
-    "masked",
-    "plots",
-    "board",
-    "training",
-}
-_PACKAGES = ("torch", "timm", "numpy", "torchmetrics")
+
+class Unknown(TypeError):
+    """A value that no key can be made of."""
 
 
 def cache_folder() -> Path:
-    """Where measurements are cached: ``.cache`` at the repository's root, or ``$VIT_SEE_CACHE``."""
+    """Where records are cached: ``.cache`` at the repository's root, or ``$VIT_SEE_CACHE``."""
     return Path(os.environ.get("VIT_SEE_CACHE", ROOT / ".cache"))
 
 
-def cached(depends_on: dict, compute) -> xr.Dataset:
-    """The record of ``compute()``, from the cache if everything it depends on is unchanged.
+def cached(function, *arguments, **options) -> xr.Dataset:
+    """``function(*arguments, **options)``, from the cache if nothing it depends on has changed.
 
-    Parameters
-    ----------
-    depends_on : dict
-        JSON-able description of the inputs: hashes of weights and images, settings. The library's
-        code and the versions of the numerical packages are added to it, and the cell that defines
-        ``compute`` in a notebook.
-    compute : callable
-        Returns the xarray.Dataset when it has to be measured.
+    The key is a hash of the arguments, of the function's source and of everything that it refers
+    to: the library's modules by their source, global variables by their values, networks by their
+    weights and settings. What cannot be hashed is computed anew every time.
     """
-    depends_on = depends_on | {"code": code_hash(), "versions": versions()}
-    if compute.__module__ == "__main__":
-        depends_on |= {
-            "cell": "".join(linecache.getlines(inspect.unwrap(compute).__code__.co_filename))
-        }
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
+    try:
+        key = digest((function, arguments, options, versions()))
+    except Unknown:
+        return function(*arguments, **options)
+    return keep(key, functools.partial(function, *arguments, **options))
+
+
+def keep(key: str, compute) -> xr.Dataset:
+    """The record of ``compute()``, from the cache's file of that key if there is one."""
     path = cache_folder() / f"{key}.nc"
     if path.exists():
         try:
             return load(path)
         except (OSError, ValueError):
             path.unlink()  # half a file, from a full disk or another version: measure again
-    save(compute(), path)
+    record = compute()
+    try:
+        save(record, path)
+    except OSError as error:
+        warnings.warn(
+            f"the record could not be kept in {path.parent} ({error.strerror}); set VIT_SEE_CACHE "
+            "to a folder that can be written",
+            stacklevel=2,
+        )
+        return record
     return load(path)  # what was written, so that the first run prints what every later one does
-
-
-def inputs(study, networks: dict[str, torch.nn.Module], images) -> dict:
-    """What all depends on that some networks of a study, by role, make of some images."""
-    return {
-        "study": study.name,
-        "images": tensor_hash(images.pixels),
-        "weights": {role: weights_hash(model) for role, model in networks.items()},
-        # Equal weights do not make equal networks, nor equal pixels equal inputs.
-        "structure": {role: str(model) for role, model in networks.items()},
-        "inputs": {role: tensor_hash(study.to_input(images.pixels[:1], role)) for role in networks},
-    }
 
 
 def save(record: xr.Dataset, path) -> None:
@@ -138,19 +129,14 @@ def between(record: xr.Dataset, rows: str, columns: str, *, blocks=False, variab
 
 
 def compared(record: xr.Dataset) -> np.ndarray:
-    """Which taps (tap,) of a square record have a likeness to others: not those that rode along."""
+    """Which taps (tap,) of a square record are compared with others."""
     return np.isin(record["tap"].values, record["other"].values)
 
 
 def provenance(**facts) -> dict[str, str]:
-    """Attributes of a record: the given facts, the versions, the machine's kind and the date."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        **versions(),
-        "code": code_hash(),
-        **{name: str(value) for name, value in facts.items()},
-    }
+    """Attributes of a record: the given facts and the versions of what made it."""
+    versioned = {"python": platform.python_version(), **versions()}
+    return versioned | {name: str(value) for name, value in facts.items()}
 
 
 def as_table(facts: dict):
@@ -167,7 +153,7 @@ def as_table(facts: dict):
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
-    return {package: metadata.version(package).split("+")[0] for package in _PACKAGES}
+    return {package: metadata.version(package).split("+")[0] for package in PACKAGES}
 
 
 def device_name(device="cpu") -> str:
@@ -178,28 +164,145 @@ def device_name(device="cpu") -> str:
     return f"{torch.device(device).type.upper()}, {n} thread{'s' * (n > 1)}"
 
 
-@functools.cache
-def code_hash() -> str:
-    """Hash of the library's source that measurements run through."""
-    sources = sorted(p for p in Path(__file__).parent.rglob("*.py") if p.stem not in _INERT)
-    return _sha256(b"".join(source.read_bytes() for source in sources))
+# Hashes of what a number depends on ---------------------------------------------------------------
+
+
+def digest(value) -> str:
+    """Hash of a value and of everything that it refers to.
+
+    Raises
+    ------
+    Unknown
+        For objects of packages other than those of this book: what they hold cannot be told.
+    """
+    return _sha256("\n".join(_written(value, set())), 24)
+
+
+def code_hash(*modules: str) -> str:
+    """Hash of modules of this library and of all that they import from it."""
+    files = sorted(set().union(*(_imported(module) for module in modules)))
+    return _sha256("".join(Path(sys.modules[name].__file__).read_text("utf-8") for name in files))
 
 
 def tensor_hash(*tensors: torch.Tensor) -> str:
     """Hash of the values and shapes of tensors, the same on every device."""
-    digest = hashlib.sha256()
+    digested = hashlib.sha256()
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(array.shape)}{array.dtype}".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+        digested.update(f"{tuple(array.shape)}{array.dtype}".encode())
+        digested.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return digested.hexdigest()[:12]
 
 
 def weights_hash(model: torch.nn.Module) -> str:
     """Hash of everything a model's state dict holds."""
     state = model.state_dict()
-    return _sha256("".join(f"{key}{tensor_hash(state[key])}" for key in sorted(state)).encode())
+    return _sha256("".join(f"{key}{tensor_hash(state[key])}" for key in sorted(state)))
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def structure(model: torch.nn.Module) -> dict:
+    """What a network computes beside its weights: its modules' classes and their settings."""
+    return {
+        name: (
+            type(module),
+            {
+                key: value
+                for key, value in vars(module).items()
+                if key not in NO_SETTINGS
+                # Parameters, buffers and modules have places of their own; hooks can do anything.
+                and (not key.startswith("_") or (key.endswith("_hooks") and value))
+            },
+        )
+        for name, module in model.named_modules()
+    }
+
+
+def _written(value, seen: set):
+    """A value in pieces of text, whatever it is."""
+    yield type(value).__qualname__
+    if value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | Path | slice
+    ):
+        yield repr(value)
+    elif isinstance(value, torch.Tensor):
+        yield tensor_hash(value)
+    elif isinstance(value, np.ndarray | np.generic):
+        yield f"{value.shape}{value.dtype}{_sha256(np.ascontiguousarray(value).tobytes())}"
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _written(part, seen)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _written(key, seen)
+            yield from _written(part, seen)
+    elif isinstance(value, functools.partial):
+        yield from _written((value.func, value.args, value.keywords), seen)
+    elif isinstance(value, torch.nn.Module) and not hasattr(value, "settings"):
+        yield weights_hash(value)
+        yield from _written(structure(value), seen)
+    elif isinstance(value, torch.dtype | torch.device | torch.Size):
+        yield str(value)
+    elif isinstance(value, types.ModuleType):
+        yield code_hash(value.__name__) if value.__name__.startswith("lib") else value.__name__
+    elif isinstance(value, types.MethodType):
+        yield from _written((value.__func__, value.__self__), seen)
+    elif isinstance(value, types.CodeType):
+        yield from _written((value.co_code, value.co_consts, value.co_names), seen)
+    elif isinstance(value, property | classmethod | staticmethod):
+        yield from _written(getattr(value, "fget", None) or value.__func__, seen)
+    elif isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        yield from _source(value, seen)
+    elif hasattr(value, "settings") or type(value).__module__.startswith(("lib.", "__main__")):
+        yield from _written((type(value), getattr(value, "settings", vars(value))), seen)
+    elif " at 0x" not in (text := repr(value)):
+        yield text
+    else:
+        raise Unknown(f"what a {type(value).__qualname__} holds cannot be told")
+
+
+def _source(thing, seen: set):
+    """A function or class: of this library its module, of a package its name, else all of it."""
+    module = getattr(thing, "__module__", None) or ""
+    yield f"{module}.{thing.__qualname__}"
+    if module.startswith("lib."):
+        yield code_hash(module)
+    elif thing not in seen and (module not in sys.modules or _is_the_readers(module)):
+        seen.add(thing)
+        if isinstance(thing, type):
+            parts = {k: v for k, v in vars(thing).items() if k not in DESCRIPTIVE}
+            yield from _written((thing.__mro__[1:], parts), seen)
+        elif isinstance(thing, types.FunctionType):
+            free = [cell.cell_contents for cell in thing.__closure__ or ()]
+            used = [thing.__globals__[n] for n in _names(thing.__code__) if n in thing.__globals__]
+            yield from _written((thing.__code__, thing.__defaults__, free, used), seen)
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Names that a function and those within it may take from their module."""
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return sorted({*code.co_names}.union(*map(_names, inner)))
+
+
+def _is_the_readers(module: str) -> bool:
+    """Whether a module is neither a package's nor Python's own."""
+    file = getattr(sys.modules[module], "__file__", None) or ""
+    own = module == "__main__" or bool(file)
+    return own and "site-packages" not in file and not file.startswith(sys.base_prefix)
+
+
+@functools.cache
+def _imported(module: str) -> frozenset:
+    """Names of a module of this library and of those that it imports, directly or not."""
+    if module in INERT:
+        return frozenset()
+    found = {module}
+    for node in ast.walk(ast.parse(Path(sys.modules[module].__file__).read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lib":
+            parts = [f"{node.module}.{name.name}" for name in node.names]
+            found |= {name for name in [node.module, *parts] if name in sys.modules}
+    return frozenset({module}.union(*(_imported(name) for name in found - {module})))
+
+
+def _sha256(data: str | bytes, digits: int = 12) -> str:
+    data = data.encode() if isinstance(data, str) else data
+    return hashlib.sha256(data).hexdigest()[:digits]

@@ -7,6 +7,7 @@ it on the spot, so memory does not grow with the depth of the network, and a lat
 operation cannot change what was measured.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 INPUT = ":input"
-MOST_PREFIX_TOKENS = 8  # class and register tokens
 
 
 class TapError(RuntimeError):
@@ -88,7 +88,7 @@ def tapping(
         model.eval()
         handles = [
             model.register_forward_pre_hook(forget, prepend=True),
-            # Not always_call: after an error in the forward pass silence is no news.
+            # Not always_call: if forward() raised, do not report silent taps as well.
             model.register_forward_hook(complain),
         ]
         try:
@@ -158,42 +158,6 @@ def tap_names(
         names.update(found)
     # In the order of the modules; a module's input comes before what is inside it.
     return sorted(names, key=lambda name: (order[name.removesuffix(INPUT)], INPUT not in name))
-
-
-def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Separate the tokens that have a place in the image from those that have none.
-
-    Parameters
-    ----------
-    value : Tensor (n, tokens, width) or (n, channels, h, w)
-        A feature map's tokens are its locations. Of a sequence, the patch tokens are the last ones,
-        as many as make the largest square; what stands before them is a class token or registers.
-
-    Returns
-    -------
-    cells : Tensor (n, side * side, width)
-        Row by row from the image's upper left corner.
-    others : Tensor (n, k, width)
-        k is 0 for a feature map and for a network without a class token.
-    """
-    shape = tuple(value.shape)
-    if value.dim() == 3:
-        side = math.isqrt(shape[1])
-        first = shape[1] - side * side
-        if first > MOST_PREFIX_TOKENS:
-            raise ValueError(
-                f"{shape[1]} tokens are no square grid: {side} x {side} would leave {first} over, "
-                f"and there are seldom more than {MOST_PREFIX_TOKENS} class and register tokens"
-            )
-        return value[:, first:], value[:, :first]
-    if value.dim() == 4 and shape[2] == shape[3]:
-        return value.flatten(2).mT, value.new_empty(shape[0], 0, shape[1])
-    if value.dim() == 4:
-        raise ValueError(f"a feature map must be (n, channels, h, w) with h = w; got {shape}")
-    raise ValueError(
-        f"a tensor of shape {shape} has no places in the image: tap tokens (n, tokens, width) or "
-        "feature maps (n, channels, h, w)"
-    )
 
 
 @contextmanager
@@ -303,3 +267,145 @@ def _stage_members(modules: dict[str, nn.Module]) -> list[str]:
 
     visit("", modules[""])
     return members
+
+
+# Where tokens lie ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a tap's value lays out the image.
+
+    prefix        : tokens before those that have a place: class token and registers
+    class_token   : whether the first of them is a class token
+    channels_last : whether a feature map is (n, h, w, channels)
+    """
+
+    prefix: int = 0
+    class_token: bool = False
+    channels_last: bool = False
+
+    def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Separate the tokens that have a place in the image from those that have none.
+
+        Parameters
+        ----------
+        value : Tensor (n, tokens, width) or a feature map
+            A feature map's tokens are its locations.
+
+        Returns
+        -------
+        cells : Tensor (n, side * side, width)
+            Row by row from the image's upper left corner.
+        others : Tensor (n, k, width)
+            k is 0 for a feature map and for a network without a class token or registers.
+        """
+        if value.dim() == 3:
+            cells, others = value[:, self.prefix :], value[:, : self.prefix]
+        elif value.dim() == 4:
+            cells = value.flatten(1, 2) if self.channels_last else value.flatten(2).mT
+            others = cells[:, :0]
+        else:
+            raise TapError(
+                f"a tensor of shape {tuple(value.shape)} has no places in the image: tap tokens "
+                "(n, tokens, width) or feature maps"
+            )
+        if math.isqrt(cells.shape[1]) ** 2 != cells.shape[1]:
+            raise TapError(
+                f"a tensor of shape {tuple(value.shape)} with {self.prefix} tokens before the "
+                "patches has no square grid of places"
+            )
+        return cells, others
+
+
+def layout(model: nn.Module) -> Layout:
+    """The layout of tokens that a network declares: timm's names, torchvision's ViT."""
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if prefix is None:  # torchvision's has no such number
+        prefix = int(isinstance(getattr(model, "class_token", None), nn.Parameter))
+    # A register is no class token: timm's models say which they have.
+    has = getattr(model, "has_class_token", None)
+    has = prefix > 0 and getattr(model, "cls_token", prefix) is not None if has is None else has
+    last = getattr(model, "output_fmt", "") == "NHWC"
+    return Layout(int(prefix), bool(prefix and has), last)
+
+
+@torch.no_grad()
+def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layout]:
+    """The layout of every tap, tested by changing one patch of an image after another.
+
+    Parameters
+    ----------
+    x : Tensor (1, channels, size, size)
+        An image as the network takes it.
+
+    Raises
+    ------
+    TapError
+        If the cell that changes most is not the one that was changed: then the network keeps its
+        tokens in another order than that of their places.
+    """
+    size, declared = x.shape[-1], layout(model)
+    side = max(1, size // 8)
+    changed, corners = [x], [(0, 7), (7, 0), (1, 5), (5, 2)]
+    for row, column in corners:
+        other = x.clone()
+        area = other[..., row * side : (row + 1) * side, column * side : (column + 1) * side]
+        area.copy_(area.flip(-1, -2).roll(1, 1) + 1)
+        changed.append(other)
+    try:
+        first = tap_names(model, "blocks")[:1]
+    except TapError:
+        first = []
+    values = collect(model, torch.cat(changed), list(dict.fromkeys([*first, *taps])))
+    found, trusted = {}, False
+    for name, value in values.items():
+        if name not in taps and (value.dim() not in (3, 4) or len(value) != len(changed)):
+            continue
+        if value.dim() not in (3, 4) or len(value) != len(changed):
+            raise TapError(
+                f"tap {name!r} of {type(model).__name__} makes a tensor of shape "
+                f"{tuple(value.shape)} of {len(changed)} images: it has no places in the image"
+            )
+        fits = {one: _fit(one, value, corners) for one in _candidates(declared, value)}
+        right = [one for one, fit in fits.items() if fit >= 0.75]
+        if not fits or not (right or trusted):
+            why = "another cell than the one that was changed changes most" if fits else "no grid"
+            raise TapError(
+                f"where the tokens of tap {name!r} of {type(model).__name__}, of shape "
+                f"{tuple(value.shape)}, lie in the image is not known: {why}"
+            )
+        best = (right or [max(fits, key=fits.get)])[0]
+        # Deep layers may answer to a patch anywhere; the first tells the order of the places.
+        found[name], trusted = best, True
+    return {name: found[name] for name in taps}
+
+
+def _candidates(declared: Layout, value: Tensor) -> list[Layout]:
+    """Layouts that a tensor's shape allows, the declared one first."""
+    if value.dim() == 3:
+        rest = value.shape[1] - math.isqrt(value.shape[1]) ** 2  # of networks that declare none
+        prefixes = dict.fromkeys((declared.prefix, 0, rest))
+        return [
+            dataclasses.replace(declared, prefix=p, class_token=declared.class_token and p > 0)
+            for p in prefixes
+            if value.shape[1] > p and math.isqrt(value.shape[1] - p) ** 2 == value.shape[1] - p
+        ]
+    square = {False: value.shape[2] == value.shape[3], True: value.shape[1] == value.shape[2]}
+    orders = dict.fromkeys((declared.channels_last, False, True))
+    return [Layout(channels_last=last) for last in orders if square[last]]
+
+
+def _fit(candidate: Layout, value: Tensor, corners) -> float:
+    """Share of the changes at which the cell that moves most is one that was changed."""
+    cells = candidate.split(value.float())[0]
+    side = math.isqrt(cells.shape[1])
+    most = (cells[1:] - cells[:1]).norm(dim=-1).argmax(1).tolist()
+    hits = [
+        all(
+            k * side // 8 <= at < (k + 1) * side / 8
+            for k, at in zip(corner, divmod(cell, side), strict=True)
+        )
+        for corner, cell in zip(corners, most, strict=True)
+    ]
+    return sum(hits) / len(hits)

@@ -15,8 +15,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from lib import records
-from lib.cka import jackknife_margin
-from lib.taps import split_tokens, tap_names, tapping
+from lib.intervals import Estimate, jackknife
+from lib.taps import layouts, tap_names, tapping
 
 
 def receptive_field(
@@ -27,6 +27,7 @@ def receptive_field(
     groups: int = 16,
     seed: int = 0,
     batch_size: int = 32,
+    device="cpu",
 ) -> xr.Dataset:
     """Effective receptive fields of the central location of some layers.
 
@@ -62,6 +63,8 @@ def receptive_field(
     if channels < 1 or groups < 1:
         raise ValueError(f"cannot draw {channels} channels for {groups} groups of images")
     groups, fields = min(groups, len(x)), {}
+    model, x = model.to(device), x.to(device)
+    where = layouts(model, tap_names(model, taps), x[:1])
     for first in range(0, len(x), batch_size):
         part = x[first : first + batch_size].detach().clone().requires_grad_()
         with _frozen(model), torch.enable_grad():
@@ -69,7 +72,7 @@ def receptive_field(
 
             def receive(name, value, cells=cells):
                 # A clone, as the model may go on to change the value in place.
-                cells[name] = split_tokens(value.clone())[0]
+                cells[name] = where[name].split(value.clone())[0]
 
             with tapping(model, taps, receive, graph=True):
                 model(part)
@@ -174,48 +177,26 @@ def measure_receptive_fields(
         ``role`` and ``layer``.
     """
     images = study.images(n_images, seed)
-    networks = {role: study.model(role) for role in taps}
     precision = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    inputs = records.inputs(study, networks, images)
-    facts = {
-        "study": study.name,
-        "images": inputs["images"],
-        "n_images": len(images),
-        "channels": channels,
-        "seed": seed,
-        "weights": inputs["weights"],
-    }
-    depends_on = (
-        facts
-        | inputs
-        | {
-            "what": "receptive fields",
-            "taps": {role: tap_names(model, taps[role]) for role, model in networks.items()},
-        }
-    )
-
-    def compute():
-        parts = []
-        for role, model in networks.items():
-            x = study.to_input(images.pixels, role).to(device, precision)
-            model.to(device, precision)
-            part = receptive_field(model, x, taps[role], channels, seed=seed)
-            layers = part["tap"].values.tolist()
-            names = [f"{role}/{layer}" for layer in layers]
-            part = part.assign_coords(tap=names, layer=("tap", layers))
-            parts.append(part.assign_coords(role=("tap", [role] * len(layers))))
-        frame = max(part.sizes["x"] for part in parts)
-        parts = [
-            part.pad(
-                {axis: (0, frame - part.sizes[axis]) for axis in ("y", "x")}, constant_values=0
-            )
-            for part in parts
-        ]
-        record = xr.concat(parts, "tap")
-        record.attrs = records.provenance(device=records.device_name(device), **facts)
-        return record
-
-    return records.cached(depends_on, compute)
+    parts = []
+    for role in taps:
+        x = study.to_input(images.pixels, role).to(precision)
+        model = study.model(role).to(precision)
+        names = tap_names(model, taps[role])
+        part = records.cached(receptive_field, model, x, names, channels, seed=seed, device=device)
+        layer = part["tap"].values.tolist()
+        part = part.assign_coords(
+            tap=[f"{role}/{name}" for name in layer],
+            layer=("tap", layer),
+            role=("tap", [role] * len(layer)),
+        )
+        parts.append(part)
+    frame = max(part.sizes["x"] for part in parts)
+    parts = [
+        part.pad({axis: (0, frame - part.sizes[axis]) for axis in ("y", "x")}, constant_values=0)
+        for part in parts
+    ]
+    return xr.concat(parts, "tap")
 
 
 def kernel_width(model: nn.Module, unit: str) -> int:
@@ -273,12 +254,6 @@ def patch_shares(field: np.ndarray, centre: float, patch_size: float) -> np.ndar
     return shares
 
 
-def central_share(field: np.ndarray, centre: float, patch_size: float) -> float:
-    """Share of the field in the square of one patch around the location."""
-    shares = patch_shares(field, centre, patch_size)
-    return float(shares[tuple(size // 2 for size in shares.shape)])
-
-
 def dominance(field: np.ndarray, centre: float, patch_size: float) -> float:
     """Share of the field in the location's own patch minus that in the strongest other patch."""
     shares = patch_shares(field, centre, patch_size)
@@ -301,8 +276,8 @@ def widening(vit: Sequence[float], resnet: Sequence[float]) -> float:
 
 def estimate(
     record: xr.Dataset, statistic: Callable[[dict[str, tuple[np.ndarray, float]]], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A statistic of fields with its interval over images (jackknife over groups of images).
+) -> Estimate:
+    """A statistic of fields with its interval over images.
 
     Parameters
     ----------
@@ -311,17 +286,10 @@ def estimate(
     statistic : callable
         Of a dictionary from a tap's name to its field and centre, for instance
         ``lambda fields: radius(*fields["vit/blocks.0"])``.
-
-    Returns
-    -------
-    value, low, high
     """
-    groups, centre = record["field"].values.astype(float), record["centre"].values
-    names = record["tap"].values.tolist()
+    names, centres = record["tap"].values.tolist(), record["centre"].values.tolist()
 
     def of(fields):
-        pairs = zip(fields, centre.tolist(), strict=True)
-        return np.asarray(statistic(dict(zip(names, pairs, strict=True))))
+        return statistic(dict(zip(names, zip(fields, centres, strict=True), strict=True)))
 
-    value, margin = of(groups.sum(0)), jackknife_margin(groups, of)
-    return value, value - margin, value + margin
+    return jackknife(record["field"].values, of)

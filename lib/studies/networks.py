@@ -110,7 +110,7 @@ class BlockWithoutSkips(Block):
     ``skip`` is the share of its input that it still hands on: training may fade it out.
     """
 
-    skip = 0.0
+    skip, skipless = 0.0, True
 
     def forward(self, x, attn_mask=None, is_causal=False):
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
@@ -121,7 +121,7 @@ class BlockWithoutSkips(Block):
 class UnitWithoutSkip(PreActBottleneck):
     """A residual unit that hands on what its convolutions make, and nothing of its input."""
 
-    skip = 0.0
+    skip, skipless = 0.0, True
 
     def forward(self, x):
         made = self.conv1(self.norm1(x))
