@@ -74,10 +74,11 @@ class Book:
 
     def maps(self) -> list[str]:
         """The studies whose CKA maps are kept."""
-        return [name for name in self.titles if (RESULTS / name / "cka.npz").exists()]
+        names = [path.parent.name for path in sorted(RESULTS.glob("*/cka.npz"))]
+        return [*filter(names.__contains__, self.titles), *(set(names) - {*self.titles})]
 
     def render(self, template: str, **more) -> str:
-        """A template of ``lib/site/templates`` as HTML without empty lines, which end it in Markdown."""
+        """A template of ``lib/site/templates`` as HTML; no empty lines, where Markdown would end it."""
         html = _templates().get_template(f"{template}.html").render(book=self, **more)
         return re.sub(r"\n\s*\n", "\n", html.strip())
 

@@ -121,7 +121,7 @@ class Pages:
         """Let a chapter's page load its switch, and no other page."""
         if (name := page.removeprefix("chapters/")) in self.switches:
             app.add_js_file(f"switch/{name}.js", priority=800)
-            app.add_js_file("switch.js", priority=801)
+            app.add_js_file("switch.js", priority=801, loading_method="defer")
 
     def write(self, app, exception) -> None:
         """Write the data that pages load, once all pages are there."""
@@ -171,7 +171,9 @@ def _output(html: str) -> str:
 
 
 def _rows(provenance: dict[str, str]) -> str:
-    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in provenance.items())
+    rows = "".join(
+        f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in provenance.items()
+    )
     return f'<table class="dataframe"><tbody>{rows}</tbody></table>'
 
 

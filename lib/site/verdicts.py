@@ -91,7 +91,7 @@ def _kind(verdict: str, why: str, floor: Estimate | None) -> str:
 
 
 def together(*views: View | None) -> str | None:
-    """Which of :data:`TOGETHER` a claim is, by the studies that measured it; None for fewer than 2."""
+    """Which of :data:`TOGETHER` a claim is, by those that measured it; None if fewer than two did."""
     kinds = [each.kind for each in views if each and each.kind != "unmeasurable"]
     if len(kinds) < 2:
         return None
