@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -71,29 +70,25 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
     record : xarray.Dataset
         With the variable ``cka``, from :func:`lib.measure.measure`.
     pairs : tuples of two roles
-        One panel each: the first role's layers upwards, the second's to the right. A panel whose
-        roles were not measured says so.
+        One panel each: the first role's layers upwards, the second's to the right. Blank if the
+        record lacks one of them.
     blocks : bool
         Show the outputs of blocks only, instead of every tap.
     """
-    measured = set(record["role"].values.tolist())
-    absent = [[role for role in pair if role not in measured] for pair in pairs]
-    if all(absent):
-        return nothing(f"no network {absent[0][0]}")
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
     size = 2.25 * columns + 0.7, 2.4 * rows
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for axis, pair, missing in itertools.zip_longest(axes.flat, pairs, absent):
-        if missing or not pair:
-            empty(axis, f"not measured here:\nno network {missing[0]}" if missing else "")
-            continue
-        values = between(record, *pair, blocks=blocks)
-        heat(axis, values)
-        axis.set_xlabel(name(pair[1]), size="small")
-        axis.set_ylabel(name(pair[0]), size="small")
-        _mark_blocks(axis.xaxis, values["other"].values, blocks)
-        _mark_blocks(axis.yaxis, values["tap"].values, blocks)
+    for axis, (up, right) in zip(axes.flat, pairs, strict=False):
+        axis.set_xlabel(name(right), size="small")
+        axis.set_ylabel(name(up), size="small")
+        if {up, right} <= set(record["role"].values.tolist()):
+            values = between(record, up, right, blocks=blocks)
+            heat(axis, values)
+            _mark_blocks(axis.xaxis, values["other"].values, blocks)
+            _mark_blocks(axis.yaxis, values["tap"].values, blocks)
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_axis_off()
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), CKA_COLOURS)
     figure.colorbar(scale, ax=axes, label="CKA", shrink=0.8, aspect=25)
     return figure
@@ -106,17 +101,31 @@ def heat(axis, values) -> None:
     axis.set_facecolor("0.8")
 
 
-def empty(axis, words: str) -> None:
-    """Words in a panel that has nothing to show."""
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, words, ha="center", va="center", color="0.4", transform=axis.transAxes)
+def show() -> None:
+    """Show a figure, with words in the panels in which there was nothing to draw.
+
+    So chapters can draw what NaN stands for, and what the study lacks, as anything else.
+    """
+    axes = [a for a in plt.gcf().axes if a.axison and a.get_label() != "<colorbar>"]
+    blank = [axis for axis in axes if not np.isfinite(axis.dataLim.get_points()).all()]
+    for axis in blank:
+        _words(axis, "not measured\nhere")
+    if blank == axes:
+        plt.close()
+        nothing("networks that this study lacks")
+    plt.show()
 
 
 def nothing(why: str):
     """A line in the place of a figure that this study cannot have."""
     figure, axis = plt.subplots(figsize=(4, 0.6))
-    empty(axis, f"not measured here: {why}")
+    axis.set_axis_off()
+    _words(axis, f"not measured here: {why}")
     return figure
+
+
+def _words(axis, words):
+    axis.text(0.5, 0.5, words, ha="center", va="center", color="0.4", transform=axis.transAxes)
 
 
 def inline(figure, alt: str) -> HTML:
