@@ -154,7 +154,8 @@ def _measure(args):
 
 def _study_of(args):
     """The study that is named, or one made of the networks that are."""
-    from lib.studies import Public, PublicRole, load_study
+    from lib.studies import load_study
+    from lib.studies.public import Public, PublicRole
 
     named = {"vit": args.vit, "resnet": args.cnn}
     named = {role: model for role, model in named.items() if model}
@@ -196,12 +197,13 @@ def _studies_arguments(parser):
 
 
 def _studies(args):
-    from lib.studies import Trained, load_study, study_names
+    from lib.studies import STUDIES, load_study
+    from lib.studies.study import Trained
 
-    for name in args.study or study_names():
+    for name in args.study or STUDIES:
         study = load_study(name)
         if isinstance(study, Trained):
-            print(f"{name}: {type(study).__doc__.splitlines()[0]}")
+            print(f"{name}: {study.purpose}")
             print(f"  {'role':34} {'architecture':21} {'test accuracy':22} what it is for")
             for role, what in study.roles.items():
                 accuracy = _accuracy(study, role)
@@ -262,7 +264,7 @@ def _train(args):
         print(f"  {role:34} {recipe.end * recipe.batch_size:,} images ({took})")
     for role in waiting:
         print(role)
-        card = study.train(role, checkpoints=folder, device=device)
+        card = study.train(role, into=folder, device=device)
         print(f"  accuracy {card['accuracy']:.3f} on {card['test_images']:,} test images")
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lib.cka import jackknife_margin
-from lib.studies.networks import BlockWithoutSkips, UnitWithoutSkip
 from lib.taps import INPUT, TapError, tap_names
 
 TOKENS = ("class", "patch")
@@ -79,7 +78,7 @@ def sublayers(model: nn.Module) -> list[SubLayer]:
     for name in tap_names(model, "blocks"):
         block = modules[name]
         kind = type(block)
-        if kind in (BlockWithoutSkips, UnitWithoutSkip):
+        if getattr(block, "skipless", False):
             continue
         if kind is Block:
             attention, mlp = (
