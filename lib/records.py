@@ -150,7 +150,9 @@ def compared(record: xr.Dataset) -> np.ndarray:
 def provenance(**facts) -> dict[str, str]:
     """Attributes of a record: the given facts and the versions of what made it."""
     versioned = {"python": platform.python_version(), **versions()}
-    return versioned | {name: str(value) for name, value in facts.items()}
+    # Functions by their names: where one lies in memory differs from run to run.
+    told = {name: re.sub(r"<function (\S+) at 0x\w+>", r"\1", str(v)) for name, v in facts.items()}
+    return versioned | told
 
 
 def as_table(facts: dict):

@@ -150,17 +150,22 @@ def accuracy_lost(evidence, cast: dict[str, str]) -> Estimate:
     _learned(study, cast[CUT])
     if not set(cast.values()) <= study.cards.keys():
         return UNKNOWN  # an untrained network has no accuracy to lose
-    (p, (p_low, p_high)), (q, (q_low, q_high)) = (
-        (study.cards[role]["accuracy"], study.cards[role]["accuracy_interval"])
-        for role in cast.values()
-    )
-    below, above = np.hypot(p - p_low, q_high - q), np.hypot(p_high - p, q - q_low)
-    return Estimate(p - q, p - q - below, p - q + above)
+    p, q = (accuracy(study, role) for role in cast.values())
+    lost = p.value - q.value
+    below = np.hypot(p.value - p.low, q.high - q.value)
+    above = np.hypot(p.high - p.value, q.value - q.low)
+    return Estimate(lost, lost - below, lost + above)
+
+
+def accuracy(study, role: str) -> Estimate:
+    """The accuracy on a network's card, with its Wilson interval."""
+    card = study.cards[role]
+    return Estimate(card["accuracy"], *card["accuracy_interval"])
 
 
 def learned(study, role: str) -> bool:
     """Whether a network is better than twice chance: below, there is nothing to call a drop."""
-    return study.cards[role]["accuracy_interval"][1] > 2 / len(study.classes)
+    return accuracy(study, role).high > 2 / len(study.classes)
 
 
 def _learned(study, role):
