@@ -181,7 +181,6 @@ def test_paths_may_have_variables(mine, monkeypatch, pictures):
         (ROLES, "[roles]", "roles needs one at least"),
         (ROLES, "[roles]\nvit = 3", "roles.*: Expected a table, got `int`"),
         (ROLES, "[[roles]]\nvit = 3", "roles: Expected a table, got an array"),
-        (ROLES, 'roles = "vit"', "images: .*unknown field `roles`"),
         ('"pictures"', "5", "images.folder: Expected `str.*, got `int`"),
         ("[roles.vit]", "crop = 64.0\n[roles.vit]", "images.crop: Expected `int`, got `float`"),
         ("[roles.vit]", "crop = true\n[roles.vit]", "images.crop: Expected `int`, got `bool`"),
