@@ -107,6 +107,8 @@ def _checked(path: Path, key: str, table: dict, kind):
         wrong, _, place = str(error).partition(" - at `$")
         place = (key + place.rstrip("`")).strip(".") or "the file"
         wrong = wrong.replace("`object`", "a table").replace("`array`", "an array")
+        if unknown := wrong.partition("Object contains unknown field ")[2]:
+            wrong = f"{unknown} means nothing here"
         known = ", ".join(kind.__struct_fields__)
         raise ValueError(f"{path}: {place}: {wrong}; known are {known}") from error
 
