@@ -1,7 +1,6 @@
 """Public checkpoints: timm's networks with weights from the Hugging Face hub or from a file.
 
-Weights are loaded completely or not at all, and whatever goes wrong on the way is one sentence that
-says what to do about it.
+Weights are loaded completely or not at all, and every error on the way is one sentence with a cure.
 """
 
 import difflib
@@ -36,18 +35,18 @@ REFUSALS = {
 
 
 class HubError(RuntimeError):
-    """Weights that could not be had, or not be read."""
+    """Weights that could not be downloaded, or not be read."""
 
 
 @functools.lru_cache
 def config(name: str) -> dict:
-    """What timm knows of a checkpoint: mean and std of its input, licence, where its weights are.
+    """timm's configuration of a checkpoint: mean and std of its input, licence, place of its weights.
 
     Parameters
     ----------
     name : str
         As timm spells it, ``"vit_base_patch16_224.augreg_in21k"``, or ``"hf-hub:user/repository"``
-        for a network that somebody else has put on the hub.
+        for any other network on the hub.
     """
     if name.startswith(ON_THE_HUB):
         repository = name.removeprefix(ON_THE_HUB)
@@ -196,7 +195,7 @@ def _trouble(name: str, error: Exception) -> str:
             return f"there is no room in {cache} for {name}, and nothing was kept: set HF_HOME"
         if number in (errno.EACCES, errno.EPERM, errno.EROFS):
             return f"{name} cannot be written to {cache}: set HF_HOME to a folder of yours"
-    # The client wraps what went wrong before anything was downloaded.
+    # The client wraps errors of its first request.
     silent = isinstance(error, LocalEntryNotFoundError)
     error = (silent and error.__cause__) or error
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -125,7 +125,7 @@ class Photographs(Trained):
         return normalize(pixels.float() / 255, MEAN, DEVIATION)
 
     def facts(self, roles) -> dict:
-        """What a record says of the pictures."""
+        """The pictures, for records."""
         return {"pictures": f"validation set of Tiny-ImageNet-200, {self.size.image} pixels"}
 
     def training_data(self, role: TrainedRole, device) -> tuple:

@@ -124,7 +124,7 @@ class Public(Study):
         ``folder``, or ``dataset`` with ``root`` and torchvision's options for it; and ``resize``
         (short side, bicubic) and ``crop`` (the middle), in pixels, the same for all networks.
     purpose : str
-        One line that says what the study is.
+        One line about the study.
     home : path
         Relative paths of folders and weights start here.
     """
@@ -183,7 +183,7 @@ class Public(Study):
         return self._path(role.weights).is_file() if role.weights else hub.is_here(role.model)
 
     def facts(self, roles) -> dict:
-        """What a record says of the networks beside their weights' hash, and of the pictures."""
+        """The networks and the pictures, for records."""
 
         def of(role):
             if not role.trained:

@@ -90,7 +90,7 @@ class Study:
     roles : dict of Role
         By name.
     purpose : str
-        One sentence that says what the study is.
+        One sentence about the study.
     """
 
     cards: ClassVar[dict[str, dict]] = {}  # of networks that were trained here
