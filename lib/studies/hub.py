@@ -40,7 +40,7 @@ class HubError(RuntimeError):
 
 @functools.lru_cache
 def config(name: str) -> dict:
-    """timm's configuration of a checkpoint: mean and std of its input, licence, place of its weights.
+    """timm's facts about a checkpoint: mean and std of its input, licence, place of its weights.
 
     Parameters
     ----------
