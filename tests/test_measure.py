@@ -332,9 +332,11 @@ def test_measurements_on_one_pass_equal_each_alone(names, alone):
         for variable, expected in alone[name].items():
             found = record[variable].sel({k: v for k, v in where.items() if k in expected.dims})
             assert found.dims == expected.dims
-            np.testing.assert_allclose(
-                found.astype(float), expected.astype(float), rtol=1e-5, atol=1e-6, err_msg=variable
-            )
+            assert np.array_equal(found.isnull(), expected.isnull()), variable
+            found, expected = (np.nan_to_num(one.astype(float)) for one in (found, expected))
+            # Attention in one kernel rounds otherwise than attention whose maps are asked for.
+            slack = 1e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=slack, err_msg=variable)
 
 
 def test_a_measurement_that_wants_none_of_the_roles_says_nothing():
