@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from datetime import date
 
 import nbformat
 import numpy as np
@@ -116,7 +117,7 @@ def test_what_a_chapter_holds_is_kept(home):
     }
     assert chapter["glued"] == {"count": 2.25, "words": "not measured here"}
     assert list(chapter["outputs"].values()) == ["<pre>&lt;two&gt;</pre>"]
-    assert chapter["provenance"] == {"images": "8 < 9"}
+    assert chapter["provenance"] == {"images": "8 < 9", "date": date.today().isoformat()}
     assert [evidence["replicates"] for evidence in chapter["claims"]] == [[[-0.5, -0.6, -0.4]]]
     lab = results.of_chapters(home / "lab")["chapters"]["02-toy"]
     assert lab["figures"]["fig-toy-1"]["alt"] == "A square, 1."
@@ -177,7 +178,7 @@ def test_the_hash_of_the_code_leaves_out_imports(code, same):
 
 def pages(home):
     chapters = home / "lab"
-    made = extension.Pages(board.Book(chapters), chapters)
+    made = extension.Pages(home / "published", chapters)
     content = ["the file in book/"]
     made.read(None, "chapters/02-toy", content)
     return made, json.loads(content[0])
@@ -232,6 +233,19 @@ def test_code_that_has_changed_is_said_and_its_outputs_stay_the_labs(home):
     _, photos = pages(home)[0].switches["02-toy"]
     assert photos["note"].endswith("whose code for this chapter was another.")
     assert "<pre>" not in "".join(photos["html"].values())
+
+
+def test_the_last_run_outweighs_what_is_published(home):
+    (home / "published").mkdir()
+    for name in ("02-toy", "03-old"):
+        text = json.dumps(notebook([], printed="published"))
+        (home / "published" / f"{name}.ipynb").write_text(text)
+    made, shown = pages(home)
+    assert "one" in json.dumps(shown)
+    assert "published" not in json.dumps(shown)
+    content = [""]
+    made.read(None, "chapters/03-old", content)
+    assert "published" in content[0]
 
 
 def test_a_chapter_that_only_the_lab_has_run_has_no_switch(home):

@@ -50,13 +50,13 @@ def judged(found: dict) -> dict[str, View]:
 class Book:
     """What the pages need: by study the title, the results and the verdicts; the lab is first.
 
-    lab : folder of the executed chapters of the lab
+    lab : folders of the executed chapters of the lab, see :func:`lib.site.results.executed`
     """
 
-    def __init__(self, lab: Path):
+    def __init__(self, *lab: Path):
         self.titles = titles()
         self.results = {
-            name: results.of_chapters(lab) if name == "lab" else results.load(name)
+            name: results.of_chapters(*lab) if name == "lab" else results.load(name)
             for name in self.titles
         }
         self.views = {name: judged(found) for name, found in self.results.items()}
