@@ -90,8 +90,8 @@ class Localisation(Measurement):
 
     Parameters
     ----------
-    taps : str or list of str
-        What :func:`lib.measure.measure` taps; each must make tokens or feature maps.
+    taps
+        See :class:`lib.measure.Measurement`; each must make tokens or feature maps.
     grid : int, optional
         Finer grids are averaged down to ``grid`` x ``grid`` tokens. Needed if the taps' grids
         differ, as those of a ResNet's stages do. The image is cut into as many patches.

@@ -145,8 +145,8 @@ class Probes(Measurement):
 
     Parameters
     ----------
-    taps : str or list of str
-        What :func:`lib.measure.measure` taps; each must make tokens or feature maps.
+    taps
+        See :class:`lib.measure.Measurement`; each must make tokens or feature maps.
     grid : int, optional
         Finer grids are averaged down to ``grid`` x ``grid`` tokens.
     width : int, optional
