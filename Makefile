@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 UV := $(shell command -v uv 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book site check test jupyter weights pins clean distclean
+.PHONY: help setup book site lint check test jupyter weights pins clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,14 +59,22 @@ site: setup  ## build the site from the chapters as last executed
 	@echo "The book is at $(CURDIR)/_build/html/index.html"
 
 # One thread per process: JOBS processes already fill the machine.
-test: export OMP_NUM_THREADS = 1
+check test: export OMP_NUM_THREADS = 1
 # As in lib/site/run.py: memory is taken from the system once.
-test: export MALLOC_MMAP_MAX_ = 0
-test: export MALLOC_TRIM_THRESHOLD_ = 2000000000
-test: setup  ## check the code, the library, the site, and every number in the chapters
+check test: export MALLOC_MMAP_MAX_ = 0
+check test: export MALLOC_TRIM_THRESHOLD_ = 2000000000
+
+lint: setup
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m nbstripout --keep-id --verify chapters/*.ipynb book/_template.ipynb
+	@if command -v actionlint >/dev/null; then actionlint; \
+	else echo "actionlint is not installed: the workflows in .github are not checked"; fi
+
+check: lint  ## lint and the quick tests, a minute or so
+	$(PY) -m pytest -q -n $(JOBS) -m "not slow" tests
+
+test: lint  ## check the code, the library, the site, and every number in the chapters
 	$(PY) -m pytest -n $(JOBS) --dist loadscope tests book/chapters \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval-sanitize.cfg
 
