@@ -13,10 +13,6 @@ from pathlib import Path
 import yaml
 
 CONFIG = Path(__file__).resolve().parents[1] / "_config.yml"
-DESCRIPTION = (
-    "Do Vision Transformers see like convolutional networks? The measurements of Raghu et al. "
-    "(2021) as notebooks that run, with claims, intervals and verdicts at several scales."
-)
 
 
 def published(config: dict, environ: dict) -> dict:
@@ -47,7 +43,6 @@ def published(config: dict, environ: dict) -> dict:
         "ogp_description_length": 200,
         "ogp_enable_meta_description": True,
         "ogp_social_cards": {"enable": False},
-        "ogp_custom_meta_tags": [f'<meta name="description" content="{DESCRIPTION}" />'],
     }
     return config
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -138,3 +139,34 @@ def test_no_file_names_a_registry():
     paths = [ROOT / name for name in listing.stdout.split("\0") if name]
     named = [path for path in paths if path.is_file() and pattern.search(path.read_bytes())]
     assert not named
+
+
+def test_a_published_site_has_addresses_and_buttons():
+    """A copy on a disk has none of them: they come from the workflow's environment."""
+    published = runpy.run_path(str(ROOT / ".github" / "published.py"))["published"]
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    assert "repository" not in config
+    surroundings = {"SITE_URL": "https://o.example/n", "GITHUB_SERVER_URL": "https://git.example"}
+    surroundings |= {"GITHUB_REPOSITORY": "o/n", "GITHUB_REF_NAME": "7/merge"}
+    config = published(config, surroundings)
+    assert config["repository"]["url"] == "https://git.example/o/n"
+    assert config["repository"]["branch"] == "main"  # a pull request's own reference is no branch
+    assert config["html"]["baseurl"] == "https://o.example/n/"
+    assert config["html"]["use_edit_page_button"]
+    assert config["html"]["home_page_in_navbar"], "what was configured before is kept"
+    assert config["sphinx"]["config"]["ogp_image"].startswith("https://o.example/n/_static/")
+    assert (ROOT / "book" / config["sphinx"]["config"]["ogp_image"].split("/n/")[1]).is_file()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda file: file.stem
+)
+def test_commands_of_workflows_exist(file):
+    """Targets of make, files and modules that a workflow runs are there."""
+    text = file.read_text()
+    assert yaml.safe_load(text)
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"(?:run: |&& )make ([a-z]+)", text):
+        assert target in targets, target
+    for path in re.findall(r"(?:\.github|tests|\.ci)/[\w./-]+(?:\.py|\.sh|/run)", text):
+        assert (ROOT / path).is_file()
