@@ -23,8 +23,10 @@ from lib.findings.claims import (
     estimate,
     judge,
 )
-from lib.studies import Lab, networks
+from lib.studies import load_study, networks
 from lib.taps import tap_names
+
+LAB_ROLES = load_study("lab").roles
 
 # Verdicts -----------------------------------------------------------------------------------------
 
@@ -530,17 +532,17 @@ def test_claims_are_complete():
         assert claim.source
         assert claim.meaning
         assert claim.roles
-        assert set(claim.roles) <= set(Lab.roles)
+        assert set(claim.roles) <= set(LAB_ROLES)
         if claim.other_seed is not None:
             assert set(claim.other_seed) <= set(claim.roles)
-            assert set(claim.other_seed.values()) <= set(Lab.roles)
+            assert set(claim.other_seed.values()) <= set(LAB_ROLES)
 
 
 @pytest.fixture(scope="module")
 def lab_taps():
     """The blocks of the lab's networks by their real names, and all taps of the ViT."""
     found = {}
-    for name, role in Lab.roles.items():
+    for name, role in LAB_ROLES.items():
         model = networks.build(role.architecture, 0)
         ends = tap_names(model, "blocks")
         taps = tap_names(model, "all") if name == "vit" else ends

@@ -201,18 +201,19 @@ def networks(study, *arms: str) -> list[str]:
     return study.those(*(role.name for role in found if role))
 
 
-def casts(study, *arms: str) -> dict[str, dict[str, str]]:
+def casts(study, *arms: str, complete: bool = False) -> dict[str, dict[str, str]]:
     """What plays some arms in the columns of tables and figures; "" where the study has nothing.
 
-    ``casts(study, "vit")["untrained"]["vit"]`` is ``"vit_untrained"``.
+    ``casts(study, "vit")["untrained"]["vit"]`` is ``"vit_untrained"``. If ``complete``, columns in
+    which something is missing are left out.
     """
-    found = {
-        column: {arm: study.find(arm, *which) for arm in arms} for column, which in COLUMNS.items()
-    }
-    return {
-        column: {arm: role.name if role else "" for arm, role in cast.items()}
-        for column, cast in found.items()
-    }
+    found = {}
+    for column, which in COLUMNS.items():
+        roles = [study.find(arm, *which) for arm in arms]
+        names = [(study.those(role.name) or [""])[0] if role else "" for role in roles]
+        if all(names) or not complete:
+            found[column] = dict(zip(arms, names, strict=True))
+    return found
 
 
 class Table(HTML):
