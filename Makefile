@@ -40,12 +40,13 @@ $(STAMP): requirements.txt pyproject.toml
 	$$install --no-deps -e .
 	@touch $(STAMP)
 
-book: setup  ## run every chapter and build the site
+book: setup  ## run every chapter and build the site from that run
 	$(PY) -m lib execute --jobs $(JOBS)
-	$(PY) -m lib pages
-	@$(MAKE) --no-print-directory site
+	@$(MAKE) --no-print-directory site VIT_SEE_CHAPTERS=_build/chapters
 
-site: setup  ## build the site from the chapters as last executed
+# The folder of the executed chapters that the site shows.
+site: export VIT_SEE_CHAPTERS ?= book/chapters
+site: setup  ## build the site from the published chapters
 	$(VENV)/bin/jupyter-book build book --config _config.yml -W -n --keep-going --all
 	@echo "The book is at $(CURDIR)/_build/html/index.html"
 

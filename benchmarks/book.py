@@ -30,8 +30,8 @@ from lib.measurements.localisation import Localisation
 from lib.measurements.norm_ratio import NormRatio
 from lib.measurements.probes import Probes
 from lib.measurements.receptive_field import measure_receptive_fields
-from lib.studies import Lab
 from lib.studies.images import Images
+from lib.studies.lab import Lab
 from lib.taps import tap_names
 
 ROLES = ("vit", "vit_gap", "resnet", "mixer")
@@ -103,6 +103,7 @@ class Drawn(Lab):
     grid = 8
 
     def __init__(self, n: int):
+        super().__init__()
         self.drawn = super().images(n)
         self.networks = {role: super(Drawn, self).model(role) for role in ROLES}
 

@@ -16,7 +16,7 @@ from lib import plots
 from lib.__main__ import main
 from lib.findings import claims
 from lib.site import results, run
-from lib.studies import TinyImagenetSmall
+from lib.studies.photographs import Photographs
 
 TOC = """\
 format: jb-book
@@ -272,7 +272,7 @@ def workshop(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(run, "write_pages", lambda: print("pages are made"))
     cards = {"vit": {"study": "tiny-imagenet-small"}, "shared": {"study": "lab"}}
-    monkeypatch.setattr(TinyImagenetSmall, "cards", cards)
+    monkeypatch.setattr(Photographs, "cards", cards)
     return tmp_path
 
 

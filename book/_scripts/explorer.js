@@ -1,5 +1,5 @@
-// Read any cell of any CKA map, by mouse, touch or keyboard. Its data come from explorer-STUDY.js
-// (lib/explorer.py), which the page loads before this.
+// Read any cell of any CKA map, by mouse, touch or keyboard. A study's data are a script of its own
+// (lib/site/explorer.py), which is loaded when the study is chosen.
 "use strict";
 
 {
@@ -10,8 +10,8 @@
   const { study, rows, columns, blocks, map, reading, scale, mark } = part;
   const canvas = map.getContext("2d");
   const margin = { left: 52, bottom: 44, top: 8, right: 8 };
-  const [CKA, LOW, HIGH] = [0, 1, 2];
-  const studies = new Map((globalThis.explorerStudies ?? []).map((data) => [data.study, data]));
+  const [CKA, MARGIN] = [0, 1];
+  const studies = new Map(); // what has been loaded
   let data; // of the chosen study
   let sides; // { rows, columns }: a role's name, with the index and the name of each tap shown
   let here; // the cell that is read, { row, column }
@@ -20,7 +20,7 @@
   // The table of pairs is triangular: each tap with those up to itself.
   const value = (kind, one, other) => {
     const [high, low] = one > other ? [one, other] : [other, one];
-    const found = data.bytes[(kind * data.bytes.length) / 3 + (high * (high + 1)) / 2 + low];
+    const found = data.bytes[(kind * data.bytes.length) / 2 + (high * (high + 1)) / 2 + low];
     return found === data.undefined ? null : found / 100;
   };
 
@@ -42,8 +42,9 @@
       const tap = sides[which].taps[which === "rows" ? here.row : here.column];
       return `${sides[which].name}, ${tap.name}`;
     });
-    const [cka, low, high] = [CKA, LOW, HIGH].map((kind) => valueAt(kind, here));
-    const interval = low === null ? "no interval" : `${low.toFixed(2)}, ${high.toFixed(2)}`;
+    const [cka, margin] = [CKA, MARGIN].map((kind) => valueAt(kind, here));
+    const interval = margin === null ? "no interval"
+      : [cka - margin, cka + margin].map((end) => end.toFixed(2)).join(", ");
     const said = cka === null ? "undefined, a layer does not vary" : `${cka.toFixed(2)} [${interval}]`;
     reading.textContent = `${names.join(" × ")}: CKA ${said}`;
     mark.hidden = cka === null;
@@ -140,6 +141,18 @@
     move(half("rows"), half("columns"));
   };
 
+  const load = () => {
+    if (studies.has(study.value)) return choose();
+    const script = document.createElement("script");
+    script.src = `_static/explorer/${study.value}.js`;
+    document.head.append(script);
+  };
+
+  globalThis.explorerStudy = (loaded) => {
+    studies.set(loaded.study, loaded);
+    if (loaded.study === study.value) choose();
+  };
+
   const choose = () => {
     data = studies.get(study.value);
     data.bytes ??= new Int8Array(Uint8Array.from(atob(data.values), (c) => c.charCodeAt(0)).buffer);
@@ -178,16 +191,9 @@
   map.addEventListener("pointermove", point);
   map.addEventListener("pointerdown", point);
   for (const control of [rows, columns, blocks]) control.addEventListener("change", show);
-  study.addEventListener("change", choose);
-
-  for (const option of study.options) {
-    if (studies.has(option.value)) continue;
-    option.disabled = true;
-    option.text += " (not measured here)";
-  }
-  study.value = [...studies.keys()][0];
+  study.addEventListener("change", load);
+  new ResizeObserver(() => data && draw()).observe(map.parentElement);
+  new MutationObserver(() => data && draw()).observe(document.documentElement, { attributeFilter: ["data-theme"] });
   root.hidden = false;
-  choose();
-  new ResizeObserver(draw).observe(map.parentElement);
-  new MutationObserver(draw).observe(document.documentElement, { attributeFilter: ["data-theme"] });
+  load();
 }

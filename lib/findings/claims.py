@@ -19,6 +19,12 @@ UNMEASURABLE = "not measurable"
 ALREADY_TRUE, NOT_REPEATED = "already true before training", "another seed does not repeat it"
 CARRIED = "vit-see-claims"  # evidence in the metadata of an executed chapter's outputs
 NOT_MEASURED = "not measured here"
+MOST = 20  # replicates of an arm
+COLUMNS = {"trained": (0, True), "other seed": (1, True), "untrained": (0, False)}
+
+
+class NotMeasurable(Exception):
+    """Why a statistic means nothing of the networks that play a claim's arms."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Claim:
     sentence  : what is claimed
     source    : where the paper claims it
     statistic : of a record and a cast, the :class:`~lib.intervals.Estimate` that decides; a cast
-                gives the name of the role that plays an arm
+                gives the name of the role that plays an arm. May raise :class:`NotMeasurable`
     meaning   : what the statistic is, in words
     threshold : the claim holds where the statistic is above it (below it, if ``below``)
     arms      : the networks the statistic speaks of; ``"vit+1"`` is the next replicate of ``vit``
@@ -52,6 +58,7 @@ class Claim:
         """What is claimed, where, and what decides, as HTML."""
         side = f"{'&lt;' if self.below else '&gt;'} {self.threshold:g}"
         source = self.source if " et al." in self.source else f"the paper's {self.source}"
+        source = f"our own, after {source}" if self.ours else source
         return f"{self.sentence} ({source})<br><small>Holds if: {self.meaning} {side}</small>"
 
     def holds(self, estimate: Estimate) -> str:
@@ -69,7 +76,7 @@ class Claim:
 class Judgement:
     """A claim and its evidence: estimates by replicate, of trained networks and of baselines.
 
-    ``missing`` says why there is no evidence, or none that can decide.
+    ``missing`` is the reason why there is none, or none that can decide.
     """
 
     claim: Claim
@@ -123,7 +130,7 @@ class Judgement:
             "claim": self.claim.key,
             "replicates": [rounded(one) for one in self.replicates],
             "baselines": [rounded(one) for one in self.baselines],
-            "missing": self.missing,
+            "why": self.missing,
         }
 
     @classmethod
@@ -133,7 +140,7 @@ class Judgement:
             tuple(Estimate(*(np.nan if part is None else part for part in one)) for one in found)
             for found in (plain["replicates"], plain["baselines"])
         )
-        return cls(claim, replicates, baselines, plain["missing"])
+        return cls(claim, replicates, baselines, plain["why"])
 
 
 def judge(claims: Sequence[Claim], record, study, roles: Collection[str]) -> list[Judgement]:
@@ -150,30 +157,63 @@ def judge(claims: Sequence[Claim], record, study, roles: Collection[str]) -> lis
 
 
 def _judge(claim, record, study, roles) -> Judgement:
-    def cast(replicate, trained):
-        played = {arm: _role_of(study, arm, replicate, trained, roles) for arm in claim.arms}
-        return played if None not in played.values() else None
-
-    for arm in claim.arms:
-        if _role_of(study, arm, 0, True, roles) is None:
-            return Judgement(claim, missing=f"{NOT_MEASURED}: no network {arm.partition('+')[0]}")
-    found = {}
-    for trained in (True, False):
-        number, found[trained] = 0, []
-        while one := cast(number, trained):
-            found[trained].append(claim.statistic(record, one))
-            number += 1
+    first = _cast(claim, study, roles, 0, True)
+    if absent := [arm for arm, role in first.items() if not role]:
+        name, _, further = absent[0].partition("+")
+        which = f"second network {name}" if further and first.get(name) else f"network {name}"
+        return Judgement(claim, missing=f"{NOT_MEASURED}: no {which}")
+    found = {True: [], False: []}
+    try:
+        for trained, estimates in found.items():
+            for replicate in range(MOST):
+                cast = _cast(claim, study, roles, replicate, trained)
+                if all(cast.values()):
+                    estimates.append(claim.statistic(record, cast))
+    except NotMeasurable as why:
+        return Judgement(claim, missing=str(why))
     return Judgement(claim, tuple(found[True]), tuple(found[False]))
 
 
-def _role_of(study, arm, replicate, trained, roles) -> str | None:
-    """Name of the role that plays an arm, if it was measured."""
-    arm, _, further = arm.partition("+")
-    known = [role for k in range(100) if (role := study.find(arm, k, trained))]
-    known = [role.name for role in known if role.name in roles]
-    if replicate >= len(known) or (further and len(known) < 2):
-        return None
-    return known[(replicate + int(further or 0)) % len(known)]
+def _cast(claim, study, roles, replicate, trained) -> dict[str, str]:
+    """The roles that play a claim's arms; "" for those that were not measured."""
+    played = {}
+    for arm in claim.arms:
+        name, _, further = arm.partition("+")
+        known = _measured(study, name, trained, roles)
+        if replicate not in known or (further and len(known) == 1):
+            played[arm] = ""
+        else:
+            place = list(known).index(replicate) + int(further or 0)
+            played[arm] = list(known.values())[place % len(known)]
+    return played
+
+
+def _measured(study, arm, trained, roles) -> dict[int, str]:
+    """Names of the roles of an arm that were measured, by replicate."""
+    every = {k: study.find(arm, k, trained) for k in range(MOST)}
+    return {k: role.name for k, role in every.items() if role and role.name in roles}
+
+
+def networks(study, *arms: str) -> list[str]:
+    """The roles that a record of some arms needs: their replicates and one baseline of each."""
+    wanted = [(k, True) for k in range(MOST)] + [(0, False)]
+    found = [study.find(arm, *which) for which in wanted for arm in arms]
+    return study.those(*(role.name for role in found if role))
+
+
+def casts(study, *arms: str, complete: bool = False) -> dict[str, dict[str, str]]:
+    """What plays some arms in the columns of tables and figures; "" where the study has nothing.
+
+    ``casts(study, "vit")["untrained"]["vit"]`` is ``"vit_untrained"``. If ``complete``, columns in
+    which something is missing are left out.
+    """
+    found = {}
+    for column, which in COLUMNS.items():
+        roles = [study.find(arm, *which) for arm in arms]
+        names = [(study.those(role.name) or [""])[0] if role else "" for role in roles]
+        if all(names) or not complete:
+            found[column] = dict(zip(arms, names, strict=True))
+    return found
 
 
 class Table(HTML):

@@ -1,14 +1,18 @@
-"""Statistics of similarity maps: a claim's networks seen as CKA between their layers."""
+"""Statistics of similarity maps: CKA between the layers of a claim's networks."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 import xarray as xr
 
-from lib.cka import alignment
-from lib.intervals import Estimate, jackknife
+from lib.cka import MinibatchCKA, alignment, centre
+from lib.findings.claims import Claim, NotMeasurable
+from lib.intervals import UNKNOWN, Estimate, jackknife
 from lib.records import compared
+
+ORDERS = 6  # random orders of the images, of which each gives other minibatches
 
 
 class Maps:
@@ -49,9 +53,14 @@ class Maps:
 
 
 def of_maps(statistic: Callable[[Maps], float]) -> Callable[[xr.Dataset, dict], Estimate]:
-    """A statistic of maps as one of a record, with its interval over images."""
+    """A statistic of maps as one of a record, with its interval over images.
+
+    Unknown if a role of the cast was not measured.
+    """
 
     def estimate(record, cast):
+        if not set(cast.values()) <= set(record["role"].values.tolist()):
+            return UNKNOWN
         maps = Maps(record, cast)
         return jackknife(record["hsic"].values, lambda hsic: statistic(maps.of(hsic)))
 
@@ -120,3 +129,64 @@ def _contrast(square: np.ndarray, labels: np.ndarray) -> float:
     same = labels[:, None] == labels[None]
     off_diagonal = ~np.eye(len(square), dtype=bool)
     return float(np.nanmean(square[same & off_diagonal]) - np.nanmean(square[~same]))
+
+
+# The size of the minibatch ------------------------------------------------------------------------
+
+
+def in_minibatches(grams: Mapping, size: int, estimator="unbiased", order=None) -> xr.Dataset:
+    """CKA between layers, from minibatches of some size.
+
+    Parameters
+    ----------
+    grams : mapping
+        By layer, the Gram matrix (n, n) over all images; a minibatch's is a square of it.
+    order : tensor (n,), optional
+        Of the images.
+    """
+    metric = MinibatchCKA(estimator=estimator)
+    order = torch.arange(_images(grams)) if order is None else order
+    for batch in order.split(size):
+        metric.update({tap: centre(k[batch][:, batch], estimator) for tap, k in grams.items()})
+    return metric.compute()
+
+
+def batch_size_effect(
+    grams: Mapping[str, Mapping], cast: dict[str, str], size: int = 128, estimator="unbiased"
+) -> Estimate:
+    """Largest change of any cell between minibatches of some size and all images at once.
+
+    Of the mean over random orders of the images, with its interval over them; ``grams`` by role
+    and layer.
+    """
+    layers = {tap: gram for role in cast.values() for tap, gram in grams[role].items()}
+    n = _images(layers)
+    if n < 2 * size:
+        raise NotMeasurable(f"needs at least two minibatches of {size}")
+    at_once = in_minibatches(layers, n, estimator)["cka"].values
+    orders = (torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(ORDERS))
+    maps = [in_minibatches(layers, size, estimator, order)["cka"].values for order in orders]
+    found = jackknife(
+        (np.stack(maps), np.ones(ORDERS)),
+        lambda total, count: np.abs(total / count - at_once).max(),
+    )
+    return Estimate(found.value, max(0.0, found.low), found.high)
+
+
+def _images(grams) -> int:
+    return len(next(iter(grams.values())))
+
+
+MINIBATCHES = [
+    Claim(
+        "E23-batch-size",
+        "The size of the minibatch does not matter to CKA.",
+        "appendix A",
+        batch_size_effect,
+        "largest change of any cell between minibatches of 128 and all images at once",
+        0.02,
+        ("vit", "resnet"),
+        below=True,
+        ours=True,
+    )
+]

@@ -13,7 +13,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from lib.cka import MinibatchCKA, alignment, centred_gram
-from lib.taps import layouts, tap_names
+from lib.measurements.places import layouts
+from lib.taps import tap_names
 
 
 def head_taps(model: nn.Module) -> list[str]:
@@ -48,13 +49,13 @@ class HeadCKA(MinibatchCKA):
 
     Parameters
     ----------
-    taps, groups
+    taps
         See :class:`lib.measure.Measurement`. Contexts (:func:`head_taps`) are cut into heads,
         feature maps are compared as they are.
     """
 
-    def __init__(self, taps=head_taps, groups: int = 20):
-        super().__init__(taps, groups=groups)
+    def __init__(self, taps=head_taps):
+        super().__init__(taps)
 
     def reset(self) -> None:
         super().reset()
@@ -80,7 +81,8 @@ class HeadCKA(MinibatchCKA):
         for name, grams in reduced.items():
             singles |= {name: grams} if grams.dim() == 2 else _numbered(name, grams)
         if self.grid:
-            patches = F.pixel_unshuffle(images.pixels.float(), images.pixels.shape[-1] // self.grid)
+            pixels = images.pixels.to(next(iter(singles.values())).device, torch.float32)
+            patches = F.pixel_unshuffle(pixels, pixels.shape[-1] // self.grid)
             singles |= {
                 f"pixels/{window}": centred_gram(window_means(patches, window))
                 for window in range(1, 2 * self.grid, 2)

@@ -1,24 +1,18 @@
 """The explorer's data: CKA maps between all taps of all networks, for a page that shows any cell.
 
-A script file and not JSON, because a page that is opened from a folder may load scripts but fetch
-nothing. Per pair of taps it holds the estimate and its interval in hundredths, one byte each.
+A study's maps are kept as two arrays of signed bytes, the estimate and half of its interval, in
+hundredths, for every tap with those up to itself, row by row.
 """
 
-import ast
 import base64
 import json
 import re
+from pathlib import Path
 
 import numpy as np
-import seaborn as sns
-import xarray as xr
 
-from lib import plots
-from lib.site import run
-
-SCRIPTS = run.ROOT / "book" / "_scripts"
 CHAPTER = "02-representation-structure"
-# Those of the chapter, in its order: the cache knows a measurement by them.
+# Those of the chapter, in its order, so that its measurement is found in the cache.
 ROLES = (
     *("vit", "vit_gap", "resnet", "mixer", "vit_other_seed", "resnet_other_seed"),
     *("vit_untrained", "vit_gap_untrained", "resnet_untrained", "mixer_untrained"),
@@ -62,65 +56,62 @@ def layer_name(layer: str) -> str:
     return f"{where}, {words}"
 
 
-def script(record: xr.Dataset) -> str:
-    """A record of :class:`lib.cka.MinibatchCKA` as a script that hands it to the explorer.
+def save(record, path: Path) -> None:
+    """Write what the explorer shows of a record of :class:`lib.cka.MinibatchCKA`."""
+    import seaborn as sns
 
-    ``values`` holds ``cka``, ``low`` and ``high`` of every tap with those up to itself, row by
-    row, in hundredths as signed bytes.
-    """
-    roles = list(dict.fromkeys(record["role"].values.tolist()))
-    data = {
+    from lib import plots
+
+    roles, layers = record["role"].values, record["layer"].values
+    about = {
         "study": record.attrs["study"],
         "images": int(record.attrs["n_images"]),
         "colours": sns.color_palette(plots.CKA_COLOURS, 101).as_hex(),
+        "undefined": UNDEFINED,
         "roles": [
             {
                 "name": plots.name(role),
-                "first": int(np.flatnonzero(record["role"].values == role)[0]),
-                "layers": [layer_name(name) for name in _of(record, role, "layer")],
-                "blocks": np.flatnonzero(_of(record, role, "block")).tolist(),
+                "first": int(np.flatnonzero(roles == role)[0]),
+                "layers": [layer_name(name) for name in layers[roles == role]],
+                "blocks": np.flatnonzero(record["block"].values[roles == role]).tolist(),
             }
-            for role in roles
+            for role in dict.fromkeys(roles.tolist())
         ],
-        "undefined": UNDEFINED,
     }
-    pairs = np.tril_indices(record.sizes["tap"])
-    values = np.stack([_hundredths(record[name].values[pairs]) for name in ("cka", "low", "high")])
-    data["values"] = base64.b64encode(values.tobytes()).decode()
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"(globalThis.explorerStudies ??= []).push({text});\n"
+    pairs = np.tril_indices(len(roles))
+    low, estimate, high = (record[name].values[pairs] for name in ("low", "cka", "high"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        path,
+        about=json.dumps(about, ensure_ascii=False),
+        estimate=hundredths(estimate),
+        margin=hundredths((high - low) / 2),
+    )
 
 
-def _of(record, role, coordinate):
-    return record[coordinate].values[record["role"].values == role]
-
-
-def _hundredths(values: np.ndarray) -> np.ndarray:
+def hundredths(values: np.ndarray) -> np.ndarray:
     rounded = np.clip(np.round(100 * values.astype(np.float64)), -127, 127)
     return np.where(np.isnan(rounded), UNDEFINED, rounded).astype(np.int8)
 
 
-def parameters() -> dict:
-    """What the chapter's parameters cell sets."""
-    chapter = run.CHAPTERS / f"{CHAPTER}.ipynb"
-    values = run.parameters_of(chapter)
-    return {name: ast.literal_eval(value) for name, value in values.items()}
+def script(path: Path) -> str:
+    """A study's maps as a script: a page that is opened from a folder can load no other data."""
+    with np.load(path) as kept:
+        data = json.loads(str(kept["about"]))
+        values = kept["estimate"].tobytes() + kept["margin"].tobytes()
+    data["values"] = base64.b64encode(values).decode()
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"globalThis.explorerStudy({text});\n"
 
 
-def measured(**changes) -> xr.Dataset:
-    """What the chapter on representation structure measures; from the cache once it has run so."""
+def measured(**changes):
+    """The measurement of the chapter on representation structure, from the cache if it has run."""
     from lib.cka import MinibatchCKA
     from lib.measure import measure
+    from lib.site import CHAPTERS
+    from lib.site.run import parameters_of
     from lib.studies import load_study
 
-    values = parameters() | changes
+    values = parameters_of(CHAPTERS / f"{CHAPTER}.ipynb") | changes
     study = load_study(values.pop("study"))
     return measure(study, study.those(*ROLES), [MinibatchCKA()], **values)
-
-
-def write(record: xr.Dataset) -> None:
-    """Write the explorer's data of a record."""
-    target = SCRIPTS / f"explorer-{record.attrs['study']}.js"
-    text = script(record)
-    target.write_text(text, encoding="utf-8")
-    print(f"{target.name}: {record.sizes['tap']} taps, {len(text) / 1e6:.1f} MB")

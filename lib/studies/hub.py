@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -27,7 +28,11 @@ from torch import nn
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 ON_THE_HUB = "hf-hub:"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSALS = {
+    401: "it does not know the token (401): renew HF_TOKEN, or unset it",
+    403: "it is forbidden (403): set HF_TOKEN to a token that may read it",
+    429: "it was asked too often (429): wait some minutes, set HF_TOKEN",
+}
 
 
 class HubError(RuntimeError):
@@ -181,49 +186,51 @@ def _first_of(repository, revision, files) -> Path:
 
 def _from_hub(name, download):
     """Call the hub's client; its errors come out as one sentence."""
-    endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    file = "or give a file of weights"
     try:
         return download()
-    except LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, OfflineModeIsEnabled):
-            why = "HF_HUB_OFFLINE forbids to download them: unset it"
-        else:
-            why = f"{endpoint} does not answer: set HF_ENDPOINT to a mirror that does"
-        raise HubError(
-            f"the weights of {name} are not on this machine ({cache}), and {why}, set HF_HOME to a "
-            f"folder that has them, {file}"
-        ) from error
-    except GatedRepoError as error:
-        raise HubError(
-            f"{endpoint} gives the weights of {name} only to those who have accepted their terms: "
-            f"do so on its page and set HF_TOKEN, {file}"
-        ) from error
-    except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        raise HubError(
-            f"{endpoint} has no weights of {name} (404): check the name, set HF_ENDPOINT to "
-            f"a mirror that has them, {file}"
-        ) from error
-    except OSError as error:
-        if error.errno in _FULL:
-            raise HubError(
-                f"there is no room in {cache} for the weights of {name}, and nothing was kept: "
-                "make room, or set HF_HOME to a folder on another disk"
-            ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise HubError(
-                f"the weights of {name} cannot be written to {cache}: set HF_HOME to a folder "
-                "of yours"
-            ) from error
-        raise _broken_off(name, error) from error
     except Exception as error:  # whichever HTTP library the client uses
-        raise _broken_off(name, error) from error
+        raise HubError(f"{_trouble(name, error)}, or give a file of weights") from error
 
 
-def _broken_off(name, error):
-    return HubError(
-        f"the download of {name} from {constants.ENDPOINT} broke off, and nothing was kept "
-        f"({_line(error)}): try again, set HF_ENDPOINT to a mirror, or give a file of weights"
+def _trouble(name: str, error: Exception) -> str:
+    """Why the hub's client failed, and what to do about it."""
+    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    if number := getattr(error, "errno", None):
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"there is no room in {cache} for {name}, and nothing was kept: set HF_HOME"
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{name} cannot be written to {cache}: set HF_HOME to a folder of yours"
+    # The client wraps what went wrong before anything was downloaded.
+    silent = isinstance(error, LocalEntryNotFoundError)
+    error = (silent and error.__cause__) or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            f"the weights of {name} are not in {cache}, and HF_HUB_OFFLINE forbids to download "
+            "them: unset it, set HF_HOME to a folder that has them"
+        )
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{hub} gives the weights of {name} only to those who have accepted their terms: "
+            "do so on its page and set HF_TOKEN"
+        )
+    if status in REFUSALS:
+        return f"{hub} refuses to give {name}: {REFUSALS[status]}"
+    if isinstance(error, RepositoryNotFoundError | EntryNotFoundError) and not silent:
+        return f"{hub} has no weights of {name} (404): check the name, set HF_ENDPOINT to a mirror"
+    if isinstance(error, FileMetadataError):
+        return (
+            f"{hub} answers as no hub does, perhaps with a login page, when asked for {name}: open "
+            "it in a browser, set HF_ENDPOINT to a mirror"
+        )
+    if silent:
+        return (
+            f"the weights of {name} are not in {cache}, and {hub} does not answer: set HF_ENDPOINT "
+            "to a mirror that does, set HF_HOME to a folder that has them"
+        )
+    return (
+        f"the download of {name} from {hub} broke off, and nothing was kept ({_line(error)}): try "
+        "again, set HF_ENDPOINT to a mirror"
     )
 
 

@@ -1,0 +1,182 @@
+"""The Sphinx extension that puts the results of all studies into the pages, when they are built.
+
+- ``{results} NAME`` is a template of ``lib/site/templates``, with the name of a study behind it if
+  the template needs one; ``{verdict}`` is a claim's verdict in the lab.
+- The executed chapters are shown from the folder that ``VIT_SEE_CHAPTERS`` names, by default the
+  committed ones. Their tables of claims are judged anew.
+- Every chapter gets the data of its switch (``book/_scripts/switch.js``), which shows the figures,
+  tables and numbers of another study in place, and the explorer the CKA maps.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
+from lib.site import PUBLISHED, RESULTS, ROOT, explorer, results
+from lib.site.board import Book
+
+GLUED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`:]*))?`")  # of the chapter itself
+MISSING = '<p class="not-here">Not measured in this study.</p>'
+
+
+def setup(app) -> dict:
+    chapters = ROOT / os.environ.get("VIT_SEE_CHAPTERS", PUBLISHED)
+    pages = Pages(Book(chapters), chapters)
+
+    class Results(Directive):
+        required_arguments, optional_arguments = 1, 1
+
+        def run(self):
+            template, *study = self.arguments
+            html = pages.book.render(template, **({"study": study[0]} if study else {}))
+            return [nodes.raw("", html, format="html")]
+
+    def verdict(name, rawtext, key, lineno, inliner, options=None, content=None):
+        return [nodes.raw("", pages.book.views["lab"][key].badge, format="html")], []
+
+    app.add_directive("results", Results)
+    app.add_role("verdict", verdict)
+    app.connect("source-read", pages.read)
+    app.connect("html-page-context", pages.load)
+    app.connect("build-finished", pages.write)
+    return {"parallel_read_safe": False, "parallel_write_safe": False}
+
+
+class Pages:
+    """The chapters as the site shows them, and what their switches need.
+
+    book     : results of all studies
+    chapters : folder of the lab's executed chapters
+    """
+
+    def __init__(self, book: Book, chapters: Path):
+        self.book, self.chapters = book, chapters
+        self.switches: dict[str, list[dict]] = {}  # by chapter, an entry for every study
+
+    def read(self, app, docname: str, content: list[str]) -> None:
+        """Before a chapter is parsed: show the run, with verdicts and places for the switch."""
+        name = docname.removeprefix("chapters/")
+        if name not in self.book.results["lab"]["chapters"]:
+            return
+        notebook = json.loads((self.chapters / f"{name}.ipynb").read_text(encoding="utf-8"))
+        keys = self.prepare(name, notebook)
+        content[0] = json.dumps(notebook, ensure_ascii=False)
+        others = [study for study in self.book.titles if self._has(study, name)]
+        if len(others) > 1:
+            self.switches[name] = [self.entry(study, name, *keys) for study in others]
+
+    def prepare(self, name: str, notebook: dict) -> tuple[dict, set]:
+        """Judge the tables of claims, paste glued numbers and mark what a switch may change.
+
+        Returns
+        -------
+        dict
+            By key of a cell, the claims in it; None if it is another cell.
+        set
+            The glued numbers that the text shows, with their formats.
+        """
+        cells, pasted = {}, set()
+        glued = self.book.results["lab"]["chapters"][name]["glued"]
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                source = results.text(cell["source"])
+                pasted |= {found.groups() for found in GLUED.finditer(source)}
+                cell["source"] = GLUED.sub(lambda found: _number(*found.groups(), glued), source)
+            elif cell["outputs"]:
+                key = results.cell_key(cell)
+                cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), f"cell-{key}"]
+                cells[key] = None
+                for output in cell["outputs"]:
+                    if carried := output.get("metadata", {}).get(results.CARRIED):
+                        cells[key] = [results.evidence(plain)["claim"] for plain in carried]
+                        output["data"] = {"text/html": self._claims("lab", cells[key])}
+        return cells, pasted
+
+    def entry(self, study: str, name: str, cells: dict, pasted: set) -> dict:
+        """A study's part of a chapter's switch: HTML by the place where it is shown."""
+        if study == "lab":
+            return {"name": study, "title": self.book.titles[study], "note": "", "html": {}}
+        lab, own = (self.book.results[one]["chapters"][name] for one in ("lab", study))
+        html = {}
+        for figure in lab["figures"]:
+            html[f"figure:{figure}"] = _picture(study, name, figure, own["figures"].get(figure))
+        for key, claims in cells.items():
+            table = self._claims(study, claims) if claims else own["outputs"].get(key)
+            if table:
+                html[f"cell:{key}"] = _output(table)
+        html[f"cell:{list(cells)[-1]}"] = _output(_rows(own["provenance"]))
+        for key, form in pasted:
+            if key in own["glued"]:
+                html[f"glue:{key}:{form or ''}"] = _number(key, form, own["glued"])
+        note = f"Measured by the {own['edition']} of this book"
+        note += "." if own["code"] == lab["code"] else ", whose code for this chapter was another."
+        return {"name": study, "title": self.book.titles[study], "note": note, "html": html}
+
+    def load(self, app, page: str, template, context, doctree) -> None:
+        """Let a chapter's page load its switch, and no other page."""
+        if (name := page.removeprefix("chapters/")) in self.switches:
+            app.add_js_file(f"switch/{name}.js", priority=800)
+            app.add_js_file("switch.js", priority=801, loading_method="defer")
+
+    def write(self, app, exception) -> None:
+        """Write the data that pages load, once all pages are there."""
+        if exception or app.builder.format != "html":
+            return
+        static = Path(app.outdir) / "_static"
+        for name, studies in self.switches.items():
+            data = json.dumps(studies, ensure_ascii=False, separators=(",", ":"))
+            _put(static / "switch" / f"{name}.js", f"globalThis.switchStudies = {data};\n".encode())
+        for study in self.book.titles:
+            for figure, png in results.figures(study).items():
+                _put(static / "studies" / study / f"{figure}.png", png)
+        for study in self.book.maps():
+            maps = RESULTS / study / "cka.npz"
+            if study == "lab" and (run := self.chapters / "cka.npz").exists():
+                maps = run
+            _put(static / "explorer" / f"{study}.js", explorer.script(maps).encode())
+        if self.chapters != PUBLISHED:
+            for path in self.chapters.glob("*.ipynb"):
+                shutil.copy(path, Path(app.outdir) / "_sources" / "chapters")
+
+    def _has(self, study: str, name: str) -> bool:
+        return name in self.book.results[study]["chapters"]
+
+    def _claims(self, study: str, keys: list[str]) -> str:
+        return self.book.render("claims", study=study, keys=keys)
+
+
+def _number(key: str, form: str | None, glued: dict) -> str:
+    """A glued number as the text shows it; words stand as they are, in the place of a number."""
+    value = glued[key]
+    shown = value if isinstance(value, str) else format(value, form or "")
+    return f'<span data-glue="{key}:{form or ""}">{shown}</span>'
+
+
+def _picture(study: str, chapter: str, name: str, figure: dict | None) -> str:
+    if not figure or "width" not in figure:
+        return MISSING
+    alt = figure["alt"].replace("&", "&amp;").replace('"', "&quot;")
+    where = f"../_static/studies/{study}/{chapter}/{name}.png"
+    return f'<img src="{where}" alt="{alt}" style="width: {figure["width"]}px">'
+
+
+def _output(html: str) -> str:
+    output = f'<div class="output text_html">{html}</div>'
+    return f'<div class="cell_output docutils container">{output}</div>'
+
+
+def _rows(provenance: dict[str, str]) -> str:
+    rows = "".join(
+        f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in provenance.items()
+    )
+    return f'<table class="dataframe"><tbody>{rows}</tbody></table>'
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
