@@ -180,7 +180,7 @@ def test_no_network_is_compared_with_itself():
 
 
 def test_claims_about_probes_need_labels():
-    found = places.judge_all(maps_record(of_arm()), Study(), ROLES)
+    found = judge(MAPS + PROBES, maps_record(of_arm()), Study(), ROLES)
     by_key = {one.claim.key: one for one in found}
     assert set(by_key) == set(CLAIMS)
     for claim in PROBES:

@@ -30,12 +30,6 @@ def number(record: xr.Dataset, role: str, of: Callable, taps: slice = slice(None
     return float(of(part)) if part.sizes["tap"] else np.nan
 
 
-def seeds(study, arm: str) -> list[str]:
-    """The roles of an arm's seed replicates that can be measured."""
-    found = (study.find(arm, replicate) for replicate in range(10))
-    return study.those(*(role.name for role in found if role))
-
-
 # How far heads reach: records of AttentionDistance ------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 import xarray as xr
 
-from lib.findings.claims import Claim, Judgement, judge
+from lib.findings.claims import Claim, NotMeasurable
 from lib.findings.locality import of_role
 from lib.intervals import UNKNOWN, Estimate, mean_of
 from lib.measurements.localisation import (
@@ -17,7 +17,8 @@ from lib.measurements.localisation import (
     estimate_hits,
     last_loss,
 )
-from lib.taps import collect, layouts
+from lib.measurements.places import layouts
+from lib.taps import collect
 
 
 def shared_grid(study, roles: Collection[str], most: int) -> int:
@@ -77,6 +78,8 @@ def right(record: xr.Dataset, role: str, readout: str, tap: int = -1) -> xr.Data
     ``readout`` is one of those of :mod:`lib.measurements.probes`, or ``"one token"``: the share of
     the single-token probes that do.
     """
+    if "token_right" not in record:
+        raise NotMeasurable("needs labels")
     part = probed(record, role).isel(tap=tap)
     return part["token_right"] if readout == "one token" else part["right"].sel(readout=readout)
 
@@ -128,14 +131,6 @@ def r_squared(found, true) -> float:
 def pixel_error(found, true) -> np.ndarray:
     """Distances (..., n) between found (..., n, 2) and true centres (n, 2), in pixels."""
     return np.hypot(*np.moveaxis(np.asarray(found) - np.asarray(true), -1, 0))
-
-
-def judge_all(record: xr.Dataset, study, roles: Collection[str]) -> list[Judgement]:
-    """The evidence on all claims about places; those about probes need labels."""
-    if "token_right" in record:
-        return judge(MAPS + PROBES, record, study, roles)
-    unread = [Judgement(claim, missing="needs labels") for claim in PROBES]
-    return judge(MAPS, record, study, roles) + unread
 
 
 MAPS = [
