@@ -87,8 +87,8 @@ def over_replicates(replicates: Sequence[Estimate], groups: int = 20) -> Estimat
 
     The replicates are measured on the same images, so that the error of the mean has two parts:
     the replicates' variance, divided by their number, and the mean variance over images, which more
-    replicates do not make smaller. Their sum has Satterthwaite's degrees of freedom. In simulations it
-    covers the truth in 93 % of cases with three replicates and in 95 % with five.
+    replicates do not make smaller. Their sum has Satterthwaite's degrees of freedom. In simulations
+    it covers the truth in 93 % of cases with three replicates and in 95 % with five.
 
     Parameters
     ----------

@@ -151,7 +151,9 @@ def compared(record: xr.Dataset) -> np.ndarray:
 def provenance(**facts) -> dict[str, str]:
     """Attributes of a record: the given facts and the versions of what made it."""
     versioned = {"python": platform.python_version(), **versions()}
-    return versioned | {name: str(value) for name, value in facts.items()}
+    # Functions by their names: where one lies in memory differs from run to run.
+    told = {name: re.sub(r"<function (\S+) at 0x\w+>", r"\1", str(v)) for name, v in facts.items()}
+    return versioned | told
 
 
 def as_table(facts: dict):
@@ -336,8 +338,10 @@ def _imported(module: str) -> frozenset:
         found.add(name)
         for node in ast.walk(ast.parse(Path(sys.modules[name].__file__).read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and _is_the_books(node.module or ""):
-                parts = [f"{node.module}.{part.name}" for part in node.names]
-                todo |= {part for part in [node.module, *parts] if part in sys.modules}
+                parts = {f"{node.module}.{part.name}" for part in node.names}
+                modules = parts & sys.modules.keys()
+                # Of a package of which only modules are imported, its own code does not count.
+                todo |= modules | ({node.module} if modules < parts else set())
     return frozenset(found)
 
 
