@@ -150,7 +150,9 @@ def compared(record: xr.Dataset) -> np.ndarray:
 def provenance(**facts) -> dict[str, str]:
     """Attributes of a record: the given facts and the versions of what made it."""
     versioned = {"python": platform.python_version(), **versions()}
-    return versioned | {name: str(value) for name, value in facts.items()}
+    # Functions by their names: where one lies in memory differs from run to run.
+    told = {name: re.sub(r"<function (\S+) at 0x\w+>", r"\1", str(v)) for name, v in facts.items()}
+    return versioned | told
 
 
 def as_table(facts: dict):
@@ -329,14 +331,19 @@ def _is_ours(module: str) -> bool:
 @functools.cache
 def _imported(module: str) -> frozenset:
     """Names of a module of this library and of those that it imports, directly or not."""
-    if module in INERT:
-        return frozenset()
-    found = {module}
-    for node in ast.walk(ast.parse(Path(sys.modules[module].__file__).read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and _is_the_books(node.module or ""):
-            parts = [f"{node.module}.{name.name}" for name in node.names]
-            found |= {name for name in [node.module, *parts] if name in sys.modules}
-    return frozenset({module}.union(*(_imported(name) for name in found - {module})))
+    found, ahead = set(), [module]
+    while ahead:
+        name = ahead.pop()
+        if name in found or name in INERT:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(Path(sys.modules[name].__file__).read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and _is_the_books(node.module or ""):
+                parts = {f"{node.module}.{part.name}" for part in node.names}
+                modules = parts & sys.modules.keys()
+                # Of a package of which only modules are imported, its own code does not count.
+                ahead += [*modules, *([node.module] if modules < parts else [])]
+    return frozenset(found)
 
 
 def _sha256(data: str | bytes, digits: int = 12) -> str:

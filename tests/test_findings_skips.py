@@ -152,21 +152,28 @@ def test_thresholds_are_as_they_were_set():
     assert sides == FROZEN
 
 
-@pytest.mark.parametrize(
-    ("key", "true", "false"),
-    [
-        ("E08-crossing", of_class(2.0 ** (2 * STEP)), of_class(2.0 ** (2 - 2 * STEP))),
-        ("E08-above-resnet", of_patches(4.0, quantity="median"), of_patches(1.0, quantity="median")),
-        ("E09-class-late", of_class(2.0**STEP), of_class(2.0**-STEP)),
-        ("E09-class-mlp", of_class(1.0, ["mlp"]), of_class(4.0, ["mlp"])),
-        ("E10-patches-rise", of_patches(0.9 - STEP / 2, quantity="cosine"), of_patches(0.4 + STEP / 2, quantity="cosine")),
-        ("E10-patches-end", of_patches(0.95, quantity="cosine"), of_patches(0.85, quantity="cosine")),
-        ("E10-class-falls", of_class(0.4 + STEP / 2, quantity="cosine"), of_class(0.9 - STEP / 2, quantity="cosine")),
+WORLDS = {
+    # claim: (changes that make it true, changes that make it false)
+    "E08-crossing": (of_class(2.0 ** (2 * STEP)), of_class(2.0 ** (2 - 2 * STEP))),
+    "E08-above-resnet": [of_patches(ratio, quantity="median") for ratio in (4.0, 1.0)],
+    "E09-class-late": (of_class(2.0**STEP), of_class(2.0**-STEP)),
+    "E09-class-mlp": (of_class(1.0, ["mlp"]), of_class(4.0, ["mlp"])),
+    "E10-patches-rise": [
+        of_patches(c, quantity="cosine") for c in (0.9 - STEP / 2, 0.4 + STEP / 2)
     ],
-)  # fmt: skip
-def test_a_claim_about_curves_comes_out_as_the_world_is(key, true, false):
+    "E10-patches-end": [of_patches(cosine, quantity="cosine") for cosine in (0.95, 0.85)],
+    "E10-class-falls": [of_class(c, quantity="cosine") for c in (0.4 + STEP / 2, 0.9 - STEP / 2)],
+}
+
+
+def test_every_claim_about_curves_has_its_worlds():
+    assert WORLDS.keys() == {claim.key for claim in CURVES}
+
+
+@pytest.mark.parametrize("key", WORLDS)
+def test_a_claim_about_curves_comes_out_as_the_world_is(key):
     [claim] = [claim for claim in CURVES if claim.key == key]
-    for changes, expected in ((true, SUPPORTED), (false, CONTRADICTED)):
+    for changes, expected in zip(WORLDS[key], (SUPPORTED, CONTRADICTED), strict=True):
         [judgement] = judge([claim], world(**changes), LAB, ("vit", "resnet"))
         assert judgement.verdict == expected
 
