@@ -1,5 +1,6 @@
 """One forward pass per network and minibatch, serving every measurement at once."""
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -208,10 +209,8 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
         measurement.process_group = share.group
     reducers = {}
     for role, model in networks.items():
-        try:
+        with _named(role, model):
             reducers[role] = _reducers(role, model.to(device), measurements, x[role].to(device))
-        except TapError as error:
-            raise TapError(f"{role}: {error}") from error
     fired: dict[str, None] = {}  # an ordered set
     numbers = [n for n in range(-(-len(images) // batch_size)) if n in share]
     look = {"unit": "pass", "leave": False} | ({"disable": True} if share.place else {})
@@ -226,8 +225,9 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
                 receive = functools.partial(
                     _reduce, role, len(part), reducers[role], reduced, fired
                 )
-                with tapping(model, names, receive):
-                    model(study.to_input(pixels, role))
+                if names:
+                    with _named(role, model), tapping(model, names, receive):
+                        model(study.to_input(pixels, role))
                 progress.update()
             for measurement, kept in zip(measurements, reduced, strict=True):
                 if kept:  # it may want none of these roles' taps
@@ -237,6 +237,15 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
         known = set(record[axis].values.tolist())
         record = record.sel({axis: [tap for tap in fired if tap in known]})
     return _label(record, networks) if "tap" in record.coords else record
+
+
+@contextlib.contextmanager
+def _named(role, model):
+    """Let errors about taps name the role and the network."""
+    try:
+        yield
+    except TapError as error:
+        raise TapError(f"{role} ({type(model).__name__}): {error}") from error
 
 
 def _reducers(role, model, measurements, x) -> list[dict[str, Callable]]:
@@ -253,8 +262,8 @@ def _reduce(role, n, reducers, reduced, fired, name, value):
     """Let every measurement that wants a tap keep what it needs of its value."""
     if len(value) != n:
         raise TapError(
-            f"{role}: tap {name!r} has {len(value)} rows for {n} images: it mixes images with "
-            "something else, such as windows; tap a module around it"
+            f"tap {name!r} has {len(value)} rows for {n} images: it mixes images with something "
+            "else, such as windows; tap a module around it"
         )
     fired[f"{role}/{name}"] = None
     for chosen, kept in zip(reducers, reduced, strict=True):

@@ -36,6 +36,7 @@ PLAIN = bool | int | float | complex | str | bytes | Path | slice | range | enum
 PLAIN |= np.dtype | torch.dtype | torch.device
 # What changes no more than a value's rounding, or is no setting.
 NO_SETTINGS = {"training", "fused_attn", "pretrained_cfg", "default_cfg"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # What Python keeps of a class beside what it does.
 DESCRIPTIVE = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "_abc_impl"}
 DESCRIPTIVE |= {"__annotations__", "__orig_bases__", "__parameters__", "__firstlineno__"}
@@ -284,13 +285,11 @@ def _parts(value):
 
 def _settings(module: torch.nn.Module) -> dict:
     """What a module computes beside its weights and its parts."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name not in NO_SETTINGS
-        # Parameters, buffers and modules have places of their own; hooks can do anything.
-        and (not name.startswith("_") or (name.endswith("_hooks") and value))
-    }
+    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    plain = {name: value for name, value in plain.items() if name not in NO_SETTINGS}
+    # Of the rest, parameters, buffers and modules have places of their own; hooks can do anything.
+    hooks = [vars(module)[kind].values() for kind in HOOKS]
+    return plain | {"hooks": [hook for one in hooks for hook in one]}
 
 
 def _source(thing) -> tuple:
@@ -331,10 +330,10 @@ def _is_ours(module: str) -> bool:
 @functools.cache
 def _imported(module: str) -> frozenset:
     """Names of a module of this library and of those that it imports, directly or not."""
-    found, ahead = set(), [module]
-    while ahead:
-        name = ahead.pop()
-        if name in found or name in INERT:
+    found, todo = set(), {module}
+    while todo:
+        name = todo.pop()
+        if name in found | INERT:
             continue
         found.add(name)
         for node in ast.walk(ast.parse(Path(sys.modules[name].__file__).read_text("utf-8"))):
@@ -342,7 +341,7 @@ def _imported(module: str) -> frozenset:
                 parts = {f"{node.module}.{part.name}" for part in node.names}
                 modules = parts & sys.modules.keys()
                 # Of a package of which only modules are imported, its own code does not count.
-                ahead += [*modules, *([node.module] if modules < parts else [])]
+                todo |= modules | ({node.module} if modules < parts else set())
     return frozenset(found)
 
 

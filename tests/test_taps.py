@@ -502,7 +502,7 @@ def test_every_tap_of_a_ready_list_has_the_batch_first(taps):
 
 
 def test_a_network_without_stages_wants_names():
-    with pytest.raises(TapError, match="^Odd has no stages of blocks; name the taps yourself"):
+    with pytest.raises(TapError, match=r"^Odd has no stages of blocks; name the taps yourself"):
         tap_names(Odd())
     assert tap_names(Odd(), "fine") == ["fine"]
 

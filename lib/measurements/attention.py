@@ -101,11 +101,6 @@ class AttentionDistance(Measurement):
     def __init__(self, taps=attention_taps):
         super().__init__(taps)
 
-    def reset(self) -> None:
-        super().reset()
-        self.sides: list[int] = []
-        self.patch_sizes: list[float] = []
-
     def reducer(self, model, names, x):
         """As :meth:`reduce`, with as many tokens before the patches as the network has."""
         blocks = [name.partition(".attn.")[0] for name in names]
@@ -147,7 +142,7 @@ class AttentionDistance(Measurement):
         return len(kept["keys"])
 
     def make_room(self, reduced, images) -> None:
-        size = images.pixels.shape[-1]
+        size, self.sides, self.patch_sizes = images.pixels.shape[-1], [], []
         for place, parts in enumerate(reduced.values()):
             heads, patches = parts["keys"].shape[1:]
             self.sides.append(math.isqrt(patches))

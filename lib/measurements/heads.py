@@ -23,8 +23,8 @@ def head_taps(model: nn.Module) -> list[str]:
     if not hasattr(dict(model.named_modules()).get(attention), "num_heads"):
         return tap_names(model, "blocks")[:5]
     # timm merges the heads before the output projection, or before the normalisation ahead of it.
-    norm = isinstance(getattr(model.get_submodule(attention), "norm", None), nn.LayerNorm)
-    return [f"{attention}.{'norm' if norm else 'proj'}:input"]
+    norm = getattr(model.get_submodule(attention), "norm", None)
+    return [f"{attention}.{'proj' if norm is None else 'norm'}:input"]
 
 
 def head_contexts(value: Tensor, heads: int, prefix: int = 0) -> Tensor:
@@ -53,6 +53,8 @@ class HeadCKA(MinibatchCKA):
         See :class:`lib.measure.Measurement`. Contexts (:func:`head_taps`) are cut into heads,
         feature maps are compared as they are.
     """
+
+    grid = 0  # side of the ViT's, for the baseline
 
     def __init__(self, taps=head_taps):
         super().__init__(taps)

@@ -117,10 +117,6 @@ class Localisation(Measurement):
         super().__init__(taps)
         self.grid = grid
 
-    def reset(self) -> None:
-        super().reset()
-        self.cell_size = 0
-
     def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
         """What a hook keeps of an activation: a Gram matrix per token (tokens, n, n)."""
         return token_grams(coarsen(where.split(value)[0], self.grid)).float()

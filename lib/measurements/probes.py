@@ -184,10 +184,6 @@ class Probes(Measurement):
         for state in ("order", "labels", "centres"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
-    def reset(self) -> None:
-        super().reset()
-        self.kept = 0
-
     def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
         """What a hook keeps of an activation: (n, 2 + tokens, width), float32.
 
@@ -213,6 +209,7 @@ class Probes(Measurement):
         super().update(reduced, images, batch)
 
     def make_room(self, reduced, images) -> None:
+        self.kept = 0
         for place in range(len(self.names)):
             self.add_state(f"features_{place}", [], dist_reduce_fx="cat")
 
