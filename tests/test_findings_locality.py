@@ -28,7 +28,9 @@ class Study:
         return types.SimpleNamespace(name=name if trained else f"{name}_untrained")
 
 
-def heads_record(relative, similar=lambda role, head, unit: 0.5, noise=1e-3, groups=10, seed=0):
+def heads_record(
+    relative, similar=lambda role, head, unit: 0.5 + 0.01 * head, noise=1e-3, groups=10, seed=0
+):
     """Heads of known distances, of 8 blocks by role: ``relative`` {role: (blocks, heads)}.
 
     The first block's heads have the CKA ``similar`` with every unit of the ResNet, and 0.5 with
