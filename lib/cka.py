@@ -106,7 +106,7 @@ class MinibatchCKA(Measurement):
 
     Parameters
     ----------
-    taps, groups
+    taps
         See :class:`lib.measure.Measurement`.
     estimator : {"unbiased", "biased"}
         The biased one is here to show what it does.
@@ -125,8 +125,8 @@ class MinibatchCKA(Measurement):
 
     smallest = SMALLEST_BATCH
 
-    def __init__(self, taps="all", estimator: str = "unbiased", groups: int = 20):
-        super().__init__(taps, groups)
+    def __init__(self, taps="all", estimator: str = "unbiased"):
+        super().__init__(taps)
         _check(estimator)
         self.estimator = estimator
 
@@ -135,15 +135,10 @@ class MinibatchCKA(Measurement):
         return centred_gram(value, self.estimator)
 
     def make_room(self, reduced, images) -> None:
-        shape = (self.groups, len(reduced), len(reduced))
-        empty = torch.zeros(shape, dtype=torch.float64, device=next(iter(reduced.values())).device)
-        self.add_state("hsic", empty, dist_reduce_fx="sum")
+        self.room(reduced, hsic=(self.groups, len(reduced), len(reduced)))
 
     def add(self, group: int, reduced, images) -> None:
-        sizes = {name: len(gram) for name, gram in reduced.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"all taps must see the same images; got batches of {sizes}")
-        n = sizes[self.names[0]]
+        n = len(reduced[self.names[0]])
         flat = torch.stack([reduced[name].flatten() for name in self.names])
         hsic = flat @ flat.T / (n * (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2)
         self.hsic[group] += n * hsic
@@ -161,11 +156,10 @@ class MinibatchCKA(Measurement):
         found = jackknife(hsic, alignment)
         own = zip(self.names, np.diag(found.value), strict=True)
         if undefined := [name for name, value in own if np.isnan(value)]:
-            warnings.warn(
-                f"CKA is undefined for {', '.join(undefined)}: constant over the images, or too "
-                "few images to tell it from constant",
-                stacklevel=2,
-            )
+            why = "constant over the images, or too few images to tell it from constant"
+            if np.isnan(hsic).any():
+                why = "numbers that are not finite, from the network's weights or its input"
+            warnings.warn(f"CKA is undefined for {', '.join(undefined)}: {why}", stacklevel=2)
         square = ("tap", "other")
         return xr.Dataset(
             {

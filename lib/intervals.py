@@ -48,7 +48,7 @@ def jackknife(groups, statistic: Callable, confidence: float = 0.95) -> Estimate
     """
     parts = groups if isinstance(groups, tuple) else (groups,)
     parts = [np.asarray(part, dtype=float) for part in parts]
-    used = np.any([np.nan_to_num(p).reshape(len(p), -1).any(1) for p in parts], axis=0)
+    used = np.any([(part != 0).reshape(len(part), -1).any(1) for part in parts], axis=0)
     parts = [part[used] for part in parts]
     g, totals = int(used.sum()), [part.sum(0) for part in parts]
     with np.errstate(invalid="ignore", divide="ignore"):  # an infinite mean has no interval

@@ -1,5 +1,6 @@
 """One forward pass per network and minibatch, serving every measurement at once."""
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -20,32 +21,27 @@ class Measurement(Metric):
 
     A kind of it says what a hook keeps of a tensor (:meth:`reduce`, or :meth:`reducer` where that
     depends on the network), which states there are (:meth:`make_room`), how a minibatch adds to
-    them (:meth:`add`), and what they come to (:meth:`results`). Its dimensions, beside ``tap``,
-    ``other`` and ``group``, have names that no other measurement uses, so that any set of
-    measurements shares one pass.
+    them (:meth:`add`), and what they come to (:meth:`results`). It keeps its constructor's
+    arguments under their own names. Its dimensions, beside ``tap``, ``other`` and ``group``, have
+    names that no other measurement uses, so that any set of measurements shares one pass.
 
     Parameters
     ----------
     taps : str, list of str, function of the network, or dict of these by role
         See :func:`lib.taps.tap_names`. Roles that a dictionary lacks are not measured.
-    groups : int
-        Minibatches are dealt to this many groups. Leaving out one after another gives intervals
-        without ever repeating an image within a Gram matrix.
     """
 
-    full_state_update = True  # forward() would deal every minibatch to the first group
+    full_state_update = True
     is_differentiable = False
+    groups = 20  # minibatches are dealt to so many; see measure()
     smallest = 1  # images of a minibatch that can be used
     needs: tuple[str, ...] = ()  # of the images, beside their pixels: "labels", "boxes"
 
-    def __init__(self, taps="all", groups: int = 20):
+    def __init__(self, taps="all"):
         super().__init__()
-        if groups < 2:
-            raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
-        self.taps, self.groups = taps, groups
+        self.taps = taps
         self.names: list[str] = []
-        self.batches = 0
-        self.add_state("seen", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("batches", torch.tensor(0), dist_reduce_fx="sum")
 
     @property
     def settings(self) -> dict:
@@ -55,7 +51,7 @@ class Measurement(Metric):
     def reset(self) -> None:
         """Forget all minibatches, and which taps they had."""
         super().reset()
-        self.names, self.batches = [], 0
+        self.names = []
 
     def reduce(self, value: Tensor):
         """What a hook keeps of a tap's value."""
@@ -79,9 +75,17 @@ class Measurement(Metric):
         """What the states come to."""
         raise NotImplementedError
 
-    def size(self, reduced: Mapping) -> int:
-        """How many images a minibatch has."""
-        return len(next(iter(reduced.values())))
+    def room(self, reduced: Mapping, **shapes: tuple[int, ...]) -> None:
+        """Add states of zeros, in float64, where the reduced values are (but Apple's GPUs)."""
+        device = next(iter(reduced.values())).device
+        device = "cpu" if device.type == "mps" else device
+        for name, shape in shapes.items():
+            empty = torch.zeros(shape, dtype=torch.float64, device=device)
+            self.add_state(name, empty, dist_reduce_fx="sum")
+
+    def size(self, kept) -> int:
+        """How many images are in what a hook kept."""
+        return len(kept)
 
     def update(self, reduced: Mapping, images=None, batch: int | None = None) -> None:
         """Add one minibatch.
@@ -95,29 +99,28 @@ class Measurement(Metric):
         batch : int, optional
             Its number, which decides its group; by default they are counted.
         """
-        n = self.size(reduced) if images is None else len(images)
-        if n < self.smallest:
-            kind = type(self).__name__
-            warnings.warn(
-                f"a minibatch of {n} images is too small for {kind}, which needs {self.smallest} "
-                "or more; it is left out",
-                stacklevel=2,
-            )
-            return
+        sizes = {name: self.size(kept) for name, kept in reduced.items()}
+        n = next(iter(sizes.values())) if images is None else len(images)
+        if set(sizes.values()) != {n}:
+            raise ValueError(f"all taps must see the same {n} images; got {sizes}")
         if not self.names:
             self.names = list(reduced)
             self.make_room(reduced, images)
-        if set(reduced) != set(self.names):
-            odd = sorted(set(reduced) ^ set(self.names))
+        if odd := sorted(set(reduced) ^ set(self.names)):
             raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
-        group = (self.batches if batch is None else batch) % self.groups
-        self.add(group, reduced, images)
-        self.seen[group] += n
+        if n < self.smallest:
+            warnings.warn(
+                f"a minibatch of {n} images is too small for {type(self).__name__}, which needs "
+                f"{self.smallest} or more; it is left out",
+                stacklevel=2,
+            )
+            return
+        self.add((int(self.batches) if batch is None else batch) % self.groups, reduced, images)
         self.batches += 1
 
     def compute(self) -> xr.Dataset:
         """The results, as :meth:`results` describes them."""
-        if not self.names:
+        if not self.batches:
             raise ValueError(
                 f"{type(self).__name__} needs at least one minibatch of {self.smallest} images or "
                 "more, and none was added"
@@ -133,6 +136,7 @@ def measure(
     batch_size: int = 128,
     seed: int = 0,
     device="cpu",
+    groups: int = 20,
 ) -> xr.Dataset:
     """Run the networks of some roles over a study's images and measure them.
 
@@ -150,6 +154,9 @@ def measure(
         Another seed measures on other images.
     device : torch device
         Networks are measured in float32 wherever they run.
+    groups : int
+        Minibatches are dealt to this many groups. Leaving out one after another gives intervals
+        without ever repeating an image within a Gram matrix.
 
     Returns
     -------
@@ -161,13 +168,13 @@ def measure(
     Under ``torchrun`` minibatches are dealt to the processes and the measurements' states added up;
     every process returns the record.
     """
-    roles = list(dict.fromkeys(roles))
     if n_images < 1 or batch_size < 1:
         raise ValueError(f"cannot measure {n_images} images in batches of {batch_size}")
+    if groups < 2:
+        raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
     images = study.images(n_images, seed)
     networks = {role: study.model(role) for role in roles}
-    x = {role: study.to_input(images.pixels[:1], role) for role in roles}
-    needed = {name: getattr(images, name) for one in measurements for name in one.needs}
+    x = {role: study.to_input(images.pixels[:1], role) for role in networks}
     facts = {
         "study": study.name,
         "images": records.tensor_hash(images.pixels),
@@ -177,26 +184,20 @@ def measure(
         "weights": {role: records.weights_hash(model) for role, model in networks.items()},
         "measurements": [f"{type(one).__name__}({one.settings})" for one in measurements],
     }
-    if hasattr(study, "facts"):
-        facts |= study.facts(roles)
+    for one in measurements:
+        one.groups = groups
+    # Everything that a number depends on. Asking for labels that there are not is an error.
+    needs = {need: getattr(images, need) for one in measurements for need in one.needs}
+    data = facts["images"], needs, batch_size, groups, torch.device(device).type
     compute = functools.partial(
         _measure, study, networks, measurements, images, batch_size, device, x
     )
-    try:
-        networks_are = facts["weights"], {r: records.structure(m) for r, m in networks.items()}, x
-        call = facts["images"], needed, batch_size, torch.device(device).type, list(measurements)
-        key = records.digest((*networks_are, *call, measure, records.versions()))
-        keep = functools.partial(records.keep, key)
-    except records.Unknown:  # a reader's own network or measurement: measured every time
-        keep = _now
+    keep = records.keeper((networks, x, data, tuple(measurements), measure))
     record = processes.together(keep, compute)
+    facts |= study.facts(list(networks)) if hasattr(study, "facts") else {}
     made_by = {"device": records.device_name(device), "code": records.code_hash("lib.measure")}
     record.attrs = records.provenance(**made_by, **facts)
     return record
-
-
-def _now(compute):
-    return compute()
 
 
 def _measure(study, networks, measurements, images, batch_size, device, x):
@@ -206,17 +207,10 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
     for measurement in measurements:
         measurement.reset()
         measurement.process_group = share.group
-    wanted, reducers = {}, {}
+    reducers = {}
     for role, model in networks.items():
-        model.to(device)
-        try:
-            wanted[role] = [_taps_of(role, model, one) for one in measurements]
-            reducers[role] = [
-                one.reducer(model, names, x[role].to(device)) if names else None
-                for one, names in zip(measurements, wanted[role], strict=True)
-            ]
-        except TapError as error:
-            raise TapError(f"{role}: {error}") from error
+        with _named(role, model):
+            reducers[role] = _reducers(role, model.to(device), measurements, x[role].to(device))
     fired: dict[str, None] = {}  # an ordered set
     numbers = [n for n in range(-(-len(images) // batch_size)) if n in share]
     look = {"unit": "pass", "leave": False} | ({"disable": True} if share.place else {})
@@ -227,40 +221,53 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
             reduced = [{} for _ in measurements]
             for role, model in networks.items():
                 progress.set_description(role)
-                every = dict.fromkeys(name for names in wanted[role] for name in names)
+                names = [name for chosen in reducers[role] for name in chosen]
                 receive = functools.partial(
-                    _reduce, role, len(part), reducers[role], wanted[role], reduced, fired
+                    _reduce, role, len(part), reducers[role], reduced, fired
                 )
-                with tapping(model, list(every), receive):
-                    model(study.to_input(pixels, role))
+                if names:
+                    with _named(role, model), tapping(model, names, receive):
+                        model(study.to_input(pixels, role))
                 progress.update()
             for measurement, kept in zip(measurements, reduced, strict=True):
-                measurement.update(kept, part, batch)
-    record = xr.merge([one.compute() for one in measurements], join="outer")
+                if kept:  # it may want none of these roles' taps
+                    measurement.update(kept, part, batch)
+    record = xr.merge([one.compute() for one in measurements if one.names], join="outer")
     for axis in {"tap", "other"} & set(record.coords):
         known = set(record[axis].values.tolist())
         record = record.sel({axis: [tap for tap in fired if tap in known]})
     return _label(record, networks) if "tap" in record.coords else record
 
 
-def _taps_of(role, model, measurement) -> list[str]:
-    """The taps a measurement wants of a role's network."""
-    taps = measurement.taps
-    if isinstance(taps, Mapping):
-        return tap_names(model, taps[role]) if role in taps else []
-    return tap_names(model, taps)
+@contextlib.contextmanager
+def _named(role, model):
+    """Let errors about taps name the role and the network."""
+    try:
+        yield
+    except TapError as error:
+        raise TapError(f"{role} ({type(model).__name__}): {error}") from error
 
 
-def _reduce(role, n, reducers, wanted, reduced, fired, name, value):
+def _reducers(role, model, measurements, x) -> list[dict[str, Callable]]:
+    """For every measurement, how each tap that it wants of a role's network is reduced."""
+    found = []
+    for one in measurements:
+        taps = one.taps if isinstance(one.taps, Mapping) else {role: one.taps}
+        names = tap_names(model, taps[role]) if role in taps else []
+        found.append(dict.fromkeys(names, one.reducer(model, names, x) if names else None))
+    return found
+
+
+def _reduce(role, n, reducers, reduced, fired, name, value):
     """Let every measurement that wants a tap keep what it needs of its value."""
     if len(value) != n:
         raise TapError(
-            f"{role}: tap {name!r} has {len(value)} rows for {n} images: it mixes images with "
-            "something else, such as windows; tap a module around it"
+            f"tap {name!r} has {len(value)} rows for {n} images: it mixes images with something "
+            "else, such as windows; tap a module around it"
         )
     fired[f"{role}/{name}"] = None
-    for reduce, names, kept in zip(reducers, wanted, reduced, strict=True):
-        if name in names and (result := reduce(name, value)) is not None:
+    for chosen, kept in zip(reducers, reduced, strict=True):
+        if name in chosen and (result := chosen[name](name, value)) is not None:
             kept[f"{role}/{name}"] = result
 
 

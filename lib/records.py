@@ -6,14 +6,19 @@ images or code have changed is measured anew.
 """
 
 import ast
+import contextlib
+import dataclasses
+import enum
 import functools
 import hashlib
+import operator
 import os
 import platform
 import re
 import sys
 import types
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -21,14 +26,22 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from torchmetrics import Metric
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "timm", "torchvision", "numpy", "torchmetrics")
 # Code that stores and shows numbers, and cannot change one.
 INERT = {"lib", "lib.records", "lib.processes", "lib.plots"}
+PLAIN = bool | int | float | complex | str | bytes | Path | slice | range | enum.Enum
+PLAIN |= np.dtype | torch.dtype | torch.device
 # What changes no more than a value's rounding, or is no setting.
 NO_SETTINGS = {"training", "fused_attn", "pretrained_cfg", "default_cfg"}
-DESCRIPTIVE = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# What Python keeps of a class beside what it does.
+DESCRIPTIVE = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "_abc_impl"}
+DESCRIPTIVE |= {"__annotations__", "__orig_bases__", "__parameters__", "__firstlineno__"}
+DESCRIPTIVE |= {"__static_attributes__", "__dataclass_fields__", "__dataclass_params__"}
+DESCRIPTIVE |= {"__annotate_func__", "__annotations_cache__"}
 
 
 class Unknown(TypeError):
@@ -40,35 +53,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VIT_SEE_CACHE", ROOT / ".cache"))
 
 
-def cached(function, *arguments, **options) -> xr.Dataset:
+def cached(function: Callable, *arguments, **options) -> xr.Dataset:
     """``function(*arguments, **options)``, from the cache if nothing it depends on has changed.
 
     The key is a hash of the arguments, of the function's source and of everything that it refers
     to: the library's modules by their source, global variables by their values, networks by their
     weights and settings. What cannot be hashed is computed anew every time.
     """
+    compute = functools.partial(function, *arguments, **options)
+    return keeper((function, arguments, options))(compute)
+
+
+def keeper(everything) -> Callable[[Callable], xr.Dataset]:
+    """``keep(compute)`` gives the record that ``everything`` decides: the cached, or computed."""
     try:
-        key = digest((function, arguments, options, versions()))
+        return functools.partial(_keep, digest((everything, versions())))
     except Unknown:
-        return function(*arguments, **options)
-    return keep(key, functools.partial(function, *arguments, **options))
+        return operator.call
 
 
-def keep(key: str, compute) -> xr.Dataset:
-    """The record of ``compute()``, from the cache's file of that key if there is one."""
+def _keep(key: str, compute: Callable) -> xr.Dataset:
     path = cache_folder() / f"{key}.nc"
-    if path.exists():
-        try:
-            return load(path)
-        except (OSError, ValueError):
-            path.unlink()  # half a file, from a full disk or another version: measure again
+    # Whatever a damaged file makes its reader raise: measure again.
+    with contextlib.suppress(Exception):
+        return load(path)
     record = compute()
     try:
         save(record, path)
     except OSError as error:
         warnings.warn(
-            f"the record could not be kept in {path.parent} ({error.strerror}); set VIT_SEE_CACHE "
-            "to a folder that can be written",
+            f"the record could not be kept in {path.parent} ({error}); set VIT_SEE_CACHE to a "
+            "folder that can be written",
             stacklevel=2,
         )
         return record
@@ -136,7 +151,9 @@ def compared(record: xr.Dataset) -> np.ndarray:
 def provenance(**facts) -> dict[str, str]:
     """Attributes of a record: the given facts and the versions of what made it."""
     versioned = {"python": platform.python_version(), **versions()}
-    return versioned | {name: str(value) for name, value in facts.items()}
+    # Functions by their names: where one lies in memory differs from run to run.
+    told = {name: re.sub(r"<function (\S+) at 0x\w+>", r"\1", str(v)) for name, v in facts.items()}
+    return versioned | told
 
 
 def as_table(facts: dict):
@@ -167,17 +184,6 @@ def device_name(device="cpu") -> str:
 # Hashes of what a number depends on ---------------------------------------------------------------
 
 
-def digest(value) -> str:
-    """Hash of a value and of everything that it refers to.
-
-    Raises
-    ------
-    Unknown
-        For objects of packages other than those of this book: what they hold cannot be told.
-    """
-    return _sha256("\n".join(_written(value, set())), 24)
-
-
 def code_hash(*modules: str) -> str:
     """Hash of modules of this library and of all that they import from it."""
     files = sorted(set().union(*(_imported(module) for module in modules)))
@@ -200,81 +206,103 @@ def weights_hash(model: torch.nn.Module) -> str:
     return _sha256("".join(f"{key}{tensor_hash(state[key])}" for key in sorted(state)))
 
 
-def structure(model: torch.nn.Module) -> dict:
-    """What a network computes beside its weights: its modules' classes and their settings."""
-    return {
-        name: (
-            type(module),
-            {
-                key: value
-                for key, value in vars(module).items()
-                if key not in NO_SETTINGS
-                # Parameters, buffers and modules have places of their own; hooks can do anything.
-                and (not key.startswith("_") or (key.endswith("_hooks") and value))
-            },
-        )
-        for name, module in model.named_modules()
-    }
+def digest(value) -> str:
+    """Hash of a value and of everything that it refers to.
+
+    Raises
+    ------
+    Unknown
+        For objects of packages other than those of this book: what they hold cannot be told.
+    """
+    return _sha256("\n".join(_written(value, set())), 24)
 
 
 def _written(value, seen: set):
     """A value in pieces of text, whatever it is."""
     yield type(value).__qualname__
-    if value is None or isinstance(
-        value, bool | int | float | complex | str | bytes | Path | slice
-    ):
+    if value is None or isinstance(value, PLAIN):
         yield repr(value)
     elif isinstance(value, torch.Tensor):
         yield tensor_hash(value)
-    elif isinstance(value, np.ndarray | np.generic):
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype != object:
         yield f"{value.shape}{value.dtype}{_sha256(np.ascontiguousarray(value).tobytes())}"
-    elif isinstance(value, list | tuple):
-        for part in value:
+    elif (parts := _parts(value)) is not None:
+        yield str(len(parts))
+        for part in parts:
             yield from _written(part, seen)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _written(key, seen)
-            yield from _written(part, seen)
-    elif isinstance(value, functools.partial):
-        yield from _written((value.func, value.args, value.keywords), seen)
-    elif isinstance(value, torch.nn.Module) and not hasattr(value, "settings"):
-        yield weights_hash(value)
-        yield from _written(structure(value), seen)
-    elif isinstance(value, torch.dtype | torch.device | torch.Size):
-        yield str(value)
     elif isinstance(value, types.ModuleType):
-        yield code_hash(value.__name__) if value.__name__.startswith("lib") else value.__name__
-    elif isinstance(value, types.MethodType):
-        yield from _written((value.__func__, value.__self__), seen)
-    elif isinstance(value, types.CodeType):
-        yield from _written((value.co_code, value.co_consts, value.co_names), seen)
-    elif isinstance(value, property | classmethod | staticmethod):
-        yield from _written(getattr(value, "fget", None) or value.__func__, seen)
+        yield value.__name__
+        if _is_the_books(value.__name__):
+            yield code_hash(value.__name__)
+        elif _is_the_readers(value.__name__) and getattr(value, "__file__", None):
+            yield Path(value.__file__).read_text("utf-8")
     elif isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        yield from _source(value, seen)
-    elif hasattr(value, "settings") or type(value).__module__.startswith(("lib.", "__main__")):
-        yield from _written((type(value), getattr(value, "settings", vars(value))), seen)
-    elif " at 0x" not in (text := repr(value)):
-        yield text
+        module = getattr(value, "__module__", None) or ""
+        yield f"{module}.{value.__qualname__}"
+        if _is_the_books(module):
+            yield code_hash(module)
+        elif not _is_the_readers(module):
+            yield str(getattr(sys.modules.get(module.partition(".")[0]), "__version__", ""))
+        elif value not in seen:
+            seen.add(value)
+            yield from _written(_source(value), seen)
     else:
         raise Unknown(f"what a {type(value).__qualname__} holds cannot be told")
 
 
-def _source(thing, seen: set):
-    """A function or class: of this library its module, of a package its name, else all of it."""
-    module = getattr(thing, "__module__", None) or ""
-    yield f"{module}.{thing.__qualname__}"
-    if module.startswith("lib."):
-        yield code_hash(module)
-    elif thing not in seen and (module not in sys.modules or _is_the_readers(module)):
-        seen.add(thing)
-        if isinstance(thing, type):
-            parts = {k: v for k, v in vars(thing).items() if k not in DESCRIPTIVE}
-            yield from _written((thing.__mro__[1:], parts), seen)
-        elif isinstance(thing, types.FunctionType):
-            free = [cell.cell_contents for cell in thing.__closure__ or ()]
-            used = [thing.__globals__[n] for n in _names(thing.__code__) if n in thing.__globals__]
-            yield from _written((thing.__code__, thing.__defaults__, free, used), seen)
+def _parts(value):
+    """What a value is made of, if it is made of parts; of a network, of a measurement as well."""
+    parts = None
+    if isinstance(value, list | tuple):
+        parts = value
+    elif isinstance(value, set | frozenset):
+        parts = sorted(value, key=repr)
+    elif isinstance(value, dict):
+        parts = [part for pair in value.items() for part in pair]
+    elif isinstance(value, functools.partial):
+        parts = value.func, value.args, value.keywords
+    elif isinstance(value, types.MethodType):
+        parts = value.__func__, value.__self__
+    elif isinstance(value, types.CodeType):
+        parts = value.co_code, value.co_consts, value.co_names
+    elif isinstance(value, property):
+        parts = value.fget, value.fset
+    elif isinstance(value, classmethod | staticmethod):
+        parts = (value.__func__,)
+    elif isinstance(value, functools.cached_property):
+        parts = (value.func,)
+    elif isinstance(value, Metric):  # its states are results
+        parts = type(value), value.settings
+    elif isinstance(value, torch.nn.Module):
+        parts = [weights_hash(value)]
+        parts += [(name, type(one), _settings(one)) for name, one in value.named_modules()]
+    elif not isinstance(value, type | types.FunctionType) and (
+        dataclasses.is_dataclass(value) or _is_ours(type(value).__module__)
+    ):
+        parts = type(value), vars(value)
+    return parts
+
+
+def _settings(module: torch.nn.Module) -> dict:
+    """What a module computes beside its weights and its parts."""
+    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    plain = {name: value for name, value in plain.items() if name not in NO_SETTINGS}
+    # Of the rest, parameters, buffers and modules have places of their own; hooks can do anything.
+    hooks = [vars(module)[kind].values() for kind in HOOKS]
+    return plain | {"hooks": [hook for one in hooks for hook in one]}
+
+
+def _source(thing) -> tuple:
+    """What a reader's own function or class is made of."""
+    if isinstance(thing, type):
+        return thing.__mro__[1:], {k: v for k, v in vars(thing).items() if k not in DESCRIPTIVE}
+    if isinstance(thing, types.BuiltinFunctionType):
+        return (thing.__self__,)
+    if not isinstance(thing, types.FunctionType):
+        raise Unknown(f"what {thing.__qualname__} does cannot be told")
+    free = [cell.cell_contents for cell in thing.__closure__ or ()]
+    used = {n: thing.__globals__.get(n) for n in _names(thing.__code__)}
+    return thing.__code__, thing.__defaults__, thing.__kwdefaults__, free, used
 
 
 def _names(code: types.CodeType) -> list[str]:
@@ -283,24 +311,38 @@ def _names(code: types.CodeType) -> list[str]:
     return sorted({*code.co_names}.union(*map(_names, inner)))
 
 
+def _is_the_books(module: str) -> bool:
+    return module == "lib" or module.startswith("lib.")
+
+
 def _is_the_readers(module: str) -> bool:
-    """Whether a module is neither a package's nor Python's own."""
-    file = getattr(sys.modules[module], "__file__", None) or ""
-    own = module == "__main__" or bool(file)
-    return own and "site-packages" not in file and not file.startswith(sys.base_prefix)
+    """Whether a module is neither of this library, nor a package's, nor Python's own."""
+    if module == "__main__" or module not in sys.modules:
+        return True
+    file = getattr(sys.modules[module], "__file__", None) or sys.base_prefix
+    return "-packages" not in file and not file.startswith(sys.base_prefix)
+
+
+def _is_ours(module: str) -> bool:
+    return _is_the_books(module) or _is_the_readers(module)
 
 
 @functools.cache
 def _imported(module: str) -> frozenset:
     """Names of a module of this library and of those that it imports, directly or not."""
-    if module in INERT:
-        return frozenset()
-    found = {module}
-    for node in ast.walk(ast.parse(Path(sys.modules[module].__file__).read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lib":
-            parts = [f"{node.module}.{name.name}" for name in node.names]
-            found |= {name for name in [node.module, *parts] if name in sys.modules}
-    return frozenset({module}.union(*(_imported(name) for name in found - {module})))
+    found, todo = set(), {module}
+    while todo:
+        name = todo.pop()
+        if name in found | INERT:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(Path(sys.modules[name].__file__).read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and _is_the_books(node.module or ""):
+                parts = {f"{node.module}.{part.name}" for part in node.names}
+                modules = parts & sys.modules.keys()
+                # Of a package of which only modules are imported, its own code does not count.
+                todo |= modules | ({node.module} if modules < parts else set())
+    return frozenset(found)
 
 
 def _sha256(data: str | bytes, digits: int = 12) -> str:

@@ -30,19 +30,26 @@ def of_curves(statistic: Callable[[Curves], float]) -> Callable[[object, dict], 
     return estimate
 
 
-def class_over_patches(
-    curves: Curves, quantity: str = "ratio", skip_first: bool = True
-) -> tuple[float, float]:
-    """How far the class token's ratio lies above the patches', early and late.
+def by_block(curves: Curves, token: str, quantity: str = "ratio") -> np.ndarray:
+    """Mean over attention and MLP of each block of the ViT, (blocks,); ratios in doublings."""
+    values = [curves("vit", sublayer, token, quantity) for sublayer in ("attention", "mlp")]
+    return np.mean(values if quantity == "cosine" else np.log2(values), axis=0)
 
-    In doublings, averaged over blocks and sub-layers of the first and of the second half. The first
-    block is left out: its class token is a learned constant, as short or long as it was made.
+
+def halves(curve: np.ndarray, skip_first: bool = True) -> np.ndarray:
+    """Means over the first and the second half of a curve over blocks, (2,).
+
+    Of the class token the first block is left out: there it is a learned constant, as short or
+    long as it was made.
     """
+    half = len(curve) // 2
+    return np.array([curve[int(skip_first) : half].mean(), curve[half:].mean()])
 
-    def doublings(sublayer):
-        return np.log2(_class(curves, sublayer, quantity) / _patch(curves, sublayer, quantity))
 
-    return _halves(_by_block(doublings), skip_first)
+def class_over_patches(curves: Curves, quantity: str = "ratio", skip_first: bool = True):
+    """By how much the class token's ratio lies above the patches', early and late (2,)."""
+    above = by_block(curves, "class", quantity) - by_block(curves, "patch", quantity)
+    return halves(above, skip_first)
 
 
 def crossing(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
@@ -52,16 +59,16 @@ def crossing(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -
     cross.
     """
     early, late = class_over_patches(curves, quantity, skip_first)
-    return min(early, -late)
+    return float(min(early, -late))
 
 
 def above_resnet(curves: Curves, quantity: str = "median") -> float:
     """Median over the ViT's sub-layers of how far its patches' ratio exceeds the ResNet's.
 
-    In doublings, at equal relative depth; positive if it does at most depths. The ResNet's curve is
-    interpolated between its units, without those whose skip is a projection; NaN if all are. Of
-    medians, because a ResNet's branch adds nothing at all where every channel is cut off by its
-    ReLU, and one such location makes the mean infinite.
+    At equal relative depth; positive if it does at most depths. The ResNet's curve is interpolated
+    between its units, without those whose skip is a projection; NaN if all are. Of medians, because
+    a ResNet's branch adds nothing at all where every channel is cut off by its ReLU, and one such
+    location makes the mean infinite.
     """
     vit = np.log2(curves("vit", quantity=quantity))
     resnet = np.log2(curves("resnet", quantity=quantity))
@@ -72,58 +79,33 @@ def above_resnet(curves: Curves, quantity: str = "median") -> float:
     return float(np.median(vit - np.interp(np.linspace(0, 1, len(vit)), depth, resnet[identity])))
 
 
-def class_changes_late(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
-    """By how many doublings the class token's ratio is lower in the second half of the blocks."""
-    ratio = _by_block(lambda sub: np.log2(_class(curves, sub, quantity)))
-    early, late = _halves(ratio, skip_first)
-    return early - late
+def class_changes_late(curves: Curves) -> float:
+    """By how much the class token's ratio is lower in the second half of the blocks."""
+    return -float(np.diff(halves(by_block(curves, "class")))[0])
 
 
-def class_changes_by_mlp(curves: Curves, quantity: str = "ratio") -> float:
-    """By how many doublings the class token's ratio is lower at the MLPs of the second half.
+def class_changes_by_mlp(curves: Curves) -> float:
+    """By how much the class token's ratio is lower at the MLPs of the second half of the blocks.
 
     Lower than at the attentions of the same blocks, that is.
     """
-    attention, mlp = (np.log2(_class(curves, sub, quantity)) for sub in ("attention", "mlp"))
-    return _halves(attention - mlp, skip_first=False)[1]
+    attention, mlp = (np.log2(curves("vit", sub, "class")) for sub in ("attention", "mlp"))
+    return float(halves(attention - mlp)[1])
 
 
 def patches_align(curves: Curves) -> float:
     """By how much the patches' cosine of z with z + f(z) is higher in the second half of blocks."""
-    cosine = _by_block(lambda sub: _patch(curves, sub, "cosine"))
-    early, late = _halves(cosine, skip_first=False)
-    return late - early
+    return float(np.diff(halves(by_block(curves, "patch", "cosine"), skip_first=False))[0])
 
 
 def patches_aligned(curves: Curves) -> float:
     """The patches' cosine of z with z + f(z) in the last block, mean of attention and MLP."""
-    return float(_by_block(lambda sub: _patch(curves, sub, "cosine"))[-1])
+    return float(by_block(curves, "patch", "cosine")[-1])
 
 
-def class_turns(curves: Curves, skip_first: bool = True) -> float:
+def class_turns(curves: Curves) -> float:
     """By how much the class token's cosine of z with z + f(z) is lower in the second half."""
-    cosine = _by_block(lambda sub: _class(curves, sub, "cosine"))
-    early, late = _halves(cosine, skip_first)
-    return early - late
-
-
-def _class(curves, sublayer, quantity):
-    return curves("vit", sublayer, "class", quantity)
-
-
-def _patch(curves, sublayer, quantity):
-    return curves("vit", sublayer, "patch", quantity)
-
-
-def _by_block(of_sublayer) -> np.ndarray:
-    """Mean over attention and MLP of what a function gives for each, (blocks,)."""
-    return np.mean([of_sublayer("attention"), of_sublayer("mlp")], axis=0)
-
-
-def _halves(curve: np.ndarray, skip_first: bool) -> tuple[float, float]:
-    """Means over the first and the second half of a curve over blocks."""
-    half = len(curve) // 2
-    return float(curve[int(skip_first) : half].mean()), float(curve[half:].mean())
+    return -float(np.diff(halves(by_block(curves, "class", "cosine")))[0])
 
 
 # Networks without the skips of a block ------------------------------------------------------------
@@ -150,17 +132,22 @@ def accuracy_lost(evidence, cast: dict[str, str]) -> Estimate:
     _learned(study, cast[CUT])
     if not set(cast.values()) <= study.cards.keys():
         return UNKNOWN  # an untrained network has no accuracy to lose
-    (p, (p_low, p_high)), (q, (q_low, q_high)) = (
-        (study.cards[role]["accuracy"], study.cards[role]["accuracy_interval"])
-        for role in cast.values()
-    )
-    below, above = np.hypot(p - p_low, q_high - q), np.hypot(p_high - p, q - q_low)
-    return Estimate(p - q, p - q - below, p - q + above)
+    p, q = (accuracy(study, role) for role in cast.values())
+    lost = p.value - q.value
+    below = np.hypot(p.value - p.low, q.high - q.value)
+    above = np.hypot(p.high - p.value, q.value - q.low)
+    return Estimate(lost, lost - below, lost + above)
+
+
+def accuracy(study, role: str) -> Estimate:
+    """The accuracy on a network's card, with its Wilson interval."""
+    card = study.cards[role]
+    return Estimate(card["accuracy"], *card["accuracy_interval"])
 
 
 def learned(study, role: str) -> bool:
     """Whether a network is better than twice chance: below, there is nothing to call a drop."""
-    return study.cards[role]["accuracy_interval"][1] > 2 / len(study.classes)
+    return accuracy(study, role).high > 2 / len(study.classes)
 
 
 def _learned(study, role):

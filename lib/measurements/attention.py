@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lib.intervals import Estimate, jackknife
 from lib.measure import Measurement
-from lib.taps import TapError, layouts
+from lib.measurements.places import layouts
+from lib.taps import TapError
 
 # What is summed over images, of every head. Means over queries; "rows" counts those queries that
 # look at patches at all, and whatever follows it is over patches alone, class token left out.
@@ -88,8 +89,6 @@ class AttentionDistance(Measurement):
     taps : function, dict by role, str or list of str
         What :func:`lib.measure.measure` taps: attention maps (n, heads, tokens, tokens). By
         default :func:`attention_taps`, which refuses networks that have none.
-    groups : int
-        Minibatches are dealt to this many groups, which are kept apart for intervals.
 
     Examples
     --------
@@ -99,13 +98,8 @@ class AttentionDistance(Measurement):
 
     needs = ("boxes",)
 
-    def __init__(self, taps=attention_taps, groups: int = 20):
-        super().__init__(taps, groups)
-
-    def reset(self) -> None:
-        super().reset()
-        self.sides: list[int] = []
-        self.patch_sizes: list[float] = []
+    def __init__(self, taps=attention_taps):
+        super().__init__(taps)
 
     def reducer(self, model, names, x):
         """As :meth:`reduce`, with as many tokens before the patches as the network has."""
@@ -144,11 +138,11 @@ class AttentionDistance(Measurement):
             "keys": (scale[:, :, None] @ maps)[:, :, 0] / side**2,
         }
 
-    def size(self, reduced) -> int:
-        return len(next(iter(reduced.values()))["keys"])
+    def size(self, kept) -> int:
+        return len(kept["keys"])
 
     def make_room(self, reduced, images) -> None:
-        size = images.pixels.shape[-1]
+        size, self.sides, self.patch_sizes = images.pixels.shape[-1], [], []
         for place, parts in enumerate(reduced.values()):
             heads, patches = parts["keys"].shape[1:]
             self.sides.append(math.isqrt(patches))
@@ -189,7 +183,7 @@ class AttentionDistance(Measurement):
         """
         states = [getattr(self, f"sums_{place}").cpu() for place in range(len(self.names))]
         heads = max(state.shape[-1] for state in states)
-        padded = [F.pad(state, (0, heads - state.shape[-1]), value=torch.nan) for state in states]
+        padded = [F.pad(state, (0, heads - state.shape[-1])) for state in states]
         sums = torch.stack(padded, dim=1).numpy()
         uniform = [
             uniform_distance(side, patch)

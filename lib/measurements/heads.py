@@ -13,7 +13,8 @@ import xarray as xr
 from torch import Tensor, nn
 
 from lib.cka import MinibatchCKA, alignment, centred_gram
-from lib.taps import layouts, tap_names
+from lib.measurements.places import layouts
+from lib.taps import tap_names
 
 
 def head_taps(model: nn.Module) -> list[str]:
@@ -22,8 +23,8 @@ def head_taps(model: nn.Module) -> list[str]:
     if not hasattr(dict(model.named_modules()).get(attention), "num_heads"):
         return tap_names(model, "blocks")[:5]
     # timm merges the heads before the output projection, or before the normalisation ahead of it.
-    norm = isinstance(getattr(model.get_submodule(attention), "norm", None), nn.LayerNorm)
-    return [f"{attention}.{'norm' if norm else 'proj'}:input"]
+    norm = getattr(model.get_submodule(attention), "norm", None)
+    return [f"{attention}.{'proj' if norm is None else 'norm'}:input"]
 
 
 def head_contexts(value: Tensor, heads: int, prefix: int = 0) -> Tensor:
@@ -48,13 +49,15 @@ class HeadCKA(MinibatchCKA):
 
     Parameters
     ----------
-    taps, groups
+    taps
         See :class:`lib.measure.Measurement`. Contexts (:func:`head_taps`) are cut into heads,
         feature maps are compared as they are.
     """
 
-    def __init__(self, taps=head_taps, groups: int = 20):
-        super().__init__(taps, groups=groups)
+    grid = 0  # side of the ViT's, for the baseline
+
+    def __init__(self, taps=head_taps):
+        super().__init__(taps)
 
     def reset(self) -> None:
         super().reset()
@@ -80,7 +83,8 @@ class HeadCKA(MinibatchCKA):
         for name, grams in reduced.items():
             singles |= {name: grams} if grams.dim() == 2 else _numbered(name, grams)
         if self.grid:
-            patches = F.pixel_unshuffle(images.pixels.float(), images.pixels.shape[-1] // self.grid)
+            pixels = images.pixels.to(next(iter(singles.values())).device, torch.float32)
+            patches = F.pixel_unshuffle(pixels, pixels.shape[-1] // self.grid)
             singles |= {
                 f"pixels/{window}": centred_gram(window_means(patches, window))
                 for window in range(1, 2 * self.grid, 2)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.cka import SMALLEST_BATCH, centred_gram
 from lib.intervals import Estimate, jackknife
 from lib.measure import Measurement
-from lib.taps import Layout, layouts
+from lib.measurements.places import Layout, layouts
 
 
 def coarsen(cells: Tensor, grid: int | None) -> Tensor:
@@ -95,8 +95,6 @@ class Localisation(Measurement):
     grid : int, optional
         Finer grids are averaged down to ``grid`` x ``grid`` tokens. Needed if the taps' grids
         differ, as those of a ResNet's stages do. The image is cut into as many patches.
-    groups : int
-        See :class:`lib.measure.Measurement`.
 
     Of every tap, a hook keeps one Gram matrix per token, in float32, as long as the minibatch
     lasts: 1 MB for 64 tokens and 64 images. What is kept from then on are tokens x patches numbers
@@ -115,13 +113,9 @@ class Localisation(Measurement):
 
     smallest = SMALLEST_BATCH
 
-    def __init__(self, taps="blocks", grid: int | None = None, groups: int = 20):
-        super().__init__(taps, groups)
+    def __init__(self, taps="blocks", grid: int | None = None):
+        super().__init__(taps)
         self.grid = grid
-
-    def reset(self) -> None:
-        super().reset()
-        self.cell_size = 0
 
     def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
         """What a hook keeps of an activation: a Gram matrix per token (tokens, n, n)."""
@@ -132,8 +126,8 @@ class Localisation(Measurement):
         found = layouts(model, names, x)
         return lambda name, value: self.reduce(value, found[name])
 
-    def size(self, reduced) -> int:
-        return next(iter(reduced.values())).shape[-1]
+    def size(self, kept) -> int:
+        return kept.shape[-1]
 
     def make_room(self, reduced, images) -> None:
         grids = {name: math.isqrt(len(gram)) for name, gram in reduced.items()}
@@ -142,17 +136,15 @@ class Localisation(Measurement):
                 f"the taps' grids differ ({_few(grids)}); average the finer ones with "
                 f"grid={min(grids.values())}"
             )
-        grid, device = grids[self.names[0]], next(iter(reduced.values())).device
+        grid = grids[self.names[0]]
         self.cell_size, tokens = images.pixels.shape[-1] // grid, grid**2
-        shapes = {
-            "cross_hsic": (self.groups, len(self.names), tokens, tokens),
-            "token_hsic": (self.groups, len(self.names), tokens),
-            "patch_hsic": (self.groups, tokens, tokens),
-            "shuffled_hsic": (len(self.names), tokens, tokens),
-        }
-        for name, shape in shapes.items():
-            empty = torch.zeros(shape, dtype=torch.float64, device=device)
-            self.add_state(name, empty, dist_reduce_fx="sum")
+        self.room(
+            reduced,
+            cross_hsic=(self.groups, len(self.names), tokens, tokens),
+            token_hsic=(self.groups, len(self.names), tokens),
+            patch_hsic=(self.groups, tokens, tokens),
+            shuffled_hsic=(len(self.names), tokens, tokens),
+        )
 
     def add(self, group, reduced, images) -> None:
         n, grid = len(images), math.isqrt(self.patch_hsic.shape[-1])

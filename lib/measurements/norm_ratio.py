@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lib.intervals import Estimate, jackknife
 from lib.measure import Measurement
-from lib.taps import INPUT, TapError, layout, tap_names
+from lib.measurements.places import layout
+from lib.taps import INPUT, TapError, tap_names
 
 TOKENS = ("class", "patch")
 QUANTITIES = ("ratio", "cosine", "branch_cosine", "skip_norm", "branch_norm")
@@ -201,7 +202,7 @@ class NormRatio(Measurement):
 
     Parameters
     ----------
-    taps, groups
+    taps
         See :class:`lib.measure.Measurement`.
 
     The median is read from a histogram of the ratios, the one thing about a median that adds up
@@ -215,8 +216,8 @@ class NormRatio(Measurement):
     >>> Curves(record)("vit", "attention", "class")                  # doctest: +SKIP
     """
 
-    def __init__(self, taps=branch_taps, groups: int = 20):
-        super().__init__(taps, groups)
+    def __init__(self, taps=branch_taps):
+        super().__init__(taps)
 
     def reducer(self, model, names, x):
         """What the hooks of a forward pass keep: of a skip and its branch, how they compare.
@@ -242,8 +243,8 @@ class NormRatio(Measurement):
 
         return reduce
 
-    def size(self, reduced) -> int:
-        return next(iter(reduced.values())).images
+    def size(self, kept) -> int:
+        return kept.images
 
     def update(self, reduced, images=None, batch=None) -> None:
         """Add one minibatch: by name, what :func:`compare` or the hooks made of it."""
@@ -258,14 +259,12 @@ class NormRatio(Measurement):
         some = next(iter(reduced.values()))
         self.projected = [one.projected for one in reduced.values()]
         most = max(len(one.tokens) for one in reduced.values())
-        shapes = {
-            "sums": (self.groups, len(reduced), *some.sums.shape),
-            "histogram": (self.groups, len(reduced), *some.histogram.shape),
-            "tokens": (len(reduced), most, 2),
-        }
-        for name, shape in shapes.items():
-            empty = torch.zeros(shape, dtype=some.sums.dtype, device=some.sums.device)
-            self.add_state(name, empty, dist_reduce_fx="sum")
+        self.room(
+            {"sums": some.sums},
+            sums=(self.groups, len(reduced), *some.sums.shape),
+            histogram=(self.groups, len(reduced), *some.histogram.shape),
+            tokens=(len(reduced), most, 2),
+        )
 
     def add(self, group, reduced, images) -> None:
         for place, name in enumerate(self.names):
@@ -284,8 +283,8 @@ class NormRatio(Measurement):
             and 95 % interval (jackknife over groups of minibatches) of ``ratio``, ``cosine``,
             ``branch_cosine``, ``skip_norm``, ``branch_norm`` and ``median``, for the ``class``
             token and for the mean of ``patch`` tokens. Norms in units of the network.
-            ``token_ratio`` (branch, position): the mean ratio at every patch of a transformer, row by
-            row. ``projected`` (branch): whether the skip is a projection. ``residual_sums``,
+            ``token_ratio`` (branch, position): the mean ratio at every patch of a transformer, row
+            by row. ``projected`` (branch): whether the skip is a projection. ``residual_sums``,
             ``residual_histogram``: sums per group. A branch is named as its tap.
         """
         sums, histogram = (state.cpu().double().numpy() for state in (self.sums, self.histogram))

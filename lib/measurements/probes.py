@@ -6,6 +6,7 @@ Fig. 11) take seconds.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lib.measure import Measurement
 from lib.measurements.localisation import coarsen
-from lib.taps import Layout, layouts
+from lib.measurements.places import Layout, layouts
 
 PENALTIES = tuple(8.0**power for power in range(7))
 READOUTS = ("class token", "mean of patches", "mean of all", "first patch")
@@ -183,10 +184,6 @@ class Probes(Measurement):
         for state in ("order", "labels", "centres"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
-    def reset(self) -> None:
-        super().reset()
-        self.kept = 0
-
     def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
         """What a hook keeps of an activation: (n, 2 + tokens, width), float32.
 
@@ -208,10 +205,11 @@ class Probes(Measurement):
 
     def update(self, reduced, images=None, batch=None) -> None:
         """Add one minibatch: by tap, what :meth:`reduce` made of it, and its images."""
-        self.number = len(self.order) if batch is None else batch
+        self.number = int(self.batches) if batch is None else batch
         super().update(reduced, images, batch)
 
     def make_room(self, reduced, images) -> None:
+        self.kept = 0
         for place in range(len(self.names)):
             self.add_state(f"features_{place}", [], dist_reduce_fx="cat")
 
@@ -239,7 +237,8 @@ class Probes(Measurement):
             ``right`` (tap, draw, readout, image): whether the class of a test image was read
             rightly, 1 or 0, NaN for a read-out that the network does not have. ``token_right``
             (tap, draw, image): the share of the single-token probes that read it rightly.
-            ``token_accuracy`` (tap, draw, probe_cell): the share of images each of them read rightly.
+            ``token_accuracy`` (tap, draw, probe_cell): the share of images each of them read
+            rightly. All are NaN for features that are not finite.
             ``penalty`` (tap, draw, readout or single tokens): as chosen. ``centre`` (tap,
             arrangement, image, axis): the object's centre as read from the layer, in pixels;
             ``true_centre`` (image, axis).
@@ -253,10 +252,12 @@ class Probes(Measurement):
         test[torch.cat(draws)] = False
         test = test.nonzero()[:, 0]
         per_tap = []
-        for place in range(len(self.names)):
+        for place, name in enumerate(self.names):
             # Tokens first, so that each has its matrix of features.
             features = _together(getattr(self, f"features_{place}"))
             features = (features[order] if dealt else features).transpose(0, 1)
+            if not features[1:].isfinite().all():
+                warnings.warn(f"features of {name} are not finite: not probed", stacklevel=2)
             per_tap.append(
                 _probe_classes(features, labels, draws, test)
                 | _find_objects(features, centres, draws, test)
@@ -308,8 +309,8 @@ def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
     for fitted, held_out in zip(draws, [*draws[1:], draws[0]], strict=True):
         hits, chosen = [], []
         for x in inputs:
-            if x[..., 0, :].isnan().any():
-                hits.append(torch.full(test.shape, torch.nan))
+            if not x.isfinite().all():
+                hits.append(torch.full((*x.shape[:-2], len(test)), torch.nan))
                 chosen.append(math.nan)
                 continue
             fit, held = (Part(x[..., i, :], targets[i]) for i in (fitted, held_out))
@@ -339,6 +340,9 @@ def _find_objects(features, centres, draws, test) -> dict[str, np.ndarray]:
     fitted, held_out = torch.cat(draws[:-1]), draws[-1]
     found = []
     for x in (features[2:].transpose(0, 1).flatten(1), features[2:].mean(0)):
+        if not (x.isfinite().all() and centres.isfinite().all()):
+            found.append(torch.full((len(test), 2), torch.nan))
+            continue
         fit, held = (Part(x[i], centres[i]) for i in (fitted, held_out))
         found.append(read_out(fit, held, x[test], negative_error)[0])
     return {"centre": torch.stack(found).numpy()}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lib import records
 from lib.intervals import Estimate, jackknife
-from lib.taps import layouts, tap_names, tapping
+from lib.measurements.places import layouts
+from lib.taps import tap_names, tapping
 
 
 def receptive_field(
@@ -41,7 +42,7 @@ def receptive_field(
         See :func:`lib.taps.tap_names`; each must make patch tokens or feature maps.
     channels : int
         Channels drawn for each image. A backward pass serves all images of a minibatch at once,
-        and every image has its own channel in it: 32 images and 4 channels are 128 gradients per
+        and every image has its own channel in it: 64 images and 4 channels are 256 gradients per
         tap for the price of four backward passes.
     groups : int
         Images are dealt to this many groups, which are kept apart for intervals.
@@ -153,7 +154,7 @@ def _frozen(model: nn.Module):
 def measure_receptive_fields(
     study,
     taps: Mapping[str, str | Sequence[str]],
-    n_images: int = 32,
+    n_images: int = 64,
     channels: int = 4,
     seed: int = 0,
     device="cpu",
@@ -197,22 +198,6 @@ def measure_receptive_fields(
         for part in parts
     ]
     return xr.concat(parts, "tap")
-
-
-def kernel_width(model: nn.Module, unit: str) -> int:
-    """How wide, in pixels, the kernels up to the end of a ResNet's unit let one location see."""
-    width, stride, inside = 1, 1, False
-    for name, module in model.named_modules():
-        if inside and not name.startswith(f"{unit}."):
-            break
-        inside = inside or name == unit
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and "downsample" not in name:
-            kernel, step = (
-                one if isinstance(one, int) else one[0]
-                for one in (module.kernel_size, module.stride)
-            )
-            width, stride = width + (kernel - 1) * stride, stride * step
-    return width
 
 
 # What the fields say ------------------------------------------------------------------------------

@@ -28,6 +28,16 @@ def parts_of_training(name: str, recipe: Recipe) -> dict[str, TrainedRole]:
     }
 
 
+def less_data(of: str, recipe: Recipe, percents, replicates=1, what="scenes"):
+    """Arms trained on some percents of the images."""
+    found = {}
+    for percent in percents:
+        purpose = f"trained on {percent} % of the {what}"
+        name = f"{of}_data_{percent:02}"
+        found |= arm(name, recipe, purpose, replicates, of, percent / 100)
+    return found
+
+
 def tuned(start: str, architecture: str, replicate: int) -> dict[str, TrainedRole]:
     """A role's network trained further, on each task."""
     return {
@@ -53,36 +63,22 @@ def other_seed(architecture: str, recipe: Recipe, purpose: str) -> TrainedRole:
 CEILING = "its twin from another seed: the ceiling"
 READ_FROM_TOKEN = "the Vision Transformer, read from its class token"
 READ_FROM_MEAN = "read from the mean of its tokens, no class token"
+CONVOLUTIONAL = "the convolutional network"
 MIXER = "the MLP-Mixer: tokens mixed without attention"
 
 ROLES = {
-    "vit": TrainedRole("vit", Recipe(), READ_FROM_TOKEN),
+    **arm("vit", Recipe(), READ_FROM_TOKEN),
     "vit_other_seed": other_seed("vit", Recipe(), CEILING),
-    "vit_gap": TrainedRole("vit_gap", Recipe(), READ_FROM_MEAN),
-    "resnet": TrainedRole("resnet", Recipe(), "the convolutional network"),
+    **arm("vit_gap", Recipe(), READ_FROM_MEAN),
+    **arm("resnet", Recipe(), CONVOLUTIONAL),
     "resnet_other_seed": other_seed("resnet", Recipe(), "its twin from another seed"),
-    "mixer": TrainedRole("mixer", Recipe(), MIXER),
-    **{
-        (name := f"vit_no_skip_{place}"): TrainedRole(
-            name, Recipe(fade=0.3), f"without the skips of block {block}"
-        )
-        for place, block in (("early", 1), ("middle", 4), ("late", 6))
-    },
-    "resnet_no_skip_middle": TrainedRole(
-        "resnet_no_skip_middle", Recipe(), "without the skip of unit 6"
-    ),
-    **{
-        name: role
-        for family in ("vit", "resnet")
-        for percent in (3, 10, 30)
-        for name, role in arm(
-            f"{family}_data_{percent:02}",
-            family,
-            Recipe(),
-            f"trained on {percent} % of the scenes",
-            percent / 100,
-        ).items()
-    },
+    **arm("mixer", Recipe(), MIXER),
+    **arm("vit_no_skip_early", Recipe(fade=0.3), "without the skips of block 1"),
+    **arm("vit_no_skip_middle", Recipe(fade=0.3), "without the skips of block 4"),
+    **arm("vit_no_skip_late", Recipe(fade=0.3), "without the skips of block 6"),
+    **arm("resnet_no_skip_middle", Recipe(), "without the skip of unit 6"),
+    **less_data("vit", Recipe(), (3, 10, 30)),
+    **less_data("resnet", Recipe(), (3, 10, 30)),
     **parts_of_training("vit", Recipe()),
     **parts_of_training("resnet", Recipe()),
     **tuned("vit", "vit", 0),
@@ -96,11 +92,11 @@ _long = Recipe(images=800_000, distinct=800_000)
 THIRD_SEED = {
     # Parts of a training, and further training, are of the first.
     **{name: role for name, role in ROLES.items() if not role.start and role.recipe.until == 1},
-    "vit": TrainedRole("vit", Recipe(seed=2), "the Vision Transformer, from a third seed"),
-    "resnet": TrainedRole("resnet", Recipe(seed=2), "the convolutional network, from a third seed"),
+    **arm("vit", Recipe(seed=2), "the Vision Transformer, from a third seed"),
+    **arm("resnet", Recipe(seed=2), "the convolutional network, from a third seed"),
 }
 LONG = {
-    "vit": TrainedRole("vit", _long, "the Vision Transformer, trained five times as long"),
+    **arm("vit", _long, "the Vision Transformer, trained five times as long"),
     "vit_other_seed": other_seed("vit", _long, CEILING),
     **_shared,
 }
@@ -109,7 +105,7 @@ FAINT = {
     for name in ("vit", "vit_other_seed", "vit_gap", "resnet", "resnet_other_seed")
 }
 MASKED = {
-    "vit": TrainedRole("vit", MaskedRecipe(), "the Vision Transformer, trained without labels"),
+    **arm("vit", MaskedRecipe(), "the Vision Transformer, trained without labels"),
     "vit_other_seed": other_seed("vit", MaskedRecipe(), CEILING),
     **_shared,
 }
@@ -121,29 +117,17 @@ _fading = dataclasses.replace(_vit, fade=0.3)
 _masked = MaskedRecipe(images=80_000, distinct=80_000, optimiser="muon")
 
 SECOND = {
-    **arm("vit", "vit", _vit, READ_FROM_TOKEN, replicates=5),
-    **arm("vit_gap", "vit_gap", _vit, READ_FROM_MEAN, replicates=5),
-    **arm("resnet", "resnet", _resnet, "the convolutional network", replicates=5),
-    **arm(
-        "vit_no_skip_middle", "vit_no_skip_middle", _fading, "without the skips of block 4", 1, 2
-    ),
-    **arm(
-        "resnet_no_skip_middle",
-        "resnet_no_skip_middle",
-        _resnet,
-        "without the skip of unit 6",
-        1,
-        2,
-    ),
-    **arm("vit_data_01", "vit", _vit, "trained on 1 % of the scenes", 0.01, 2),
-    **arm("vit_data_03", "vit", _vit, "trained on 3 % of the scenes", 0.03, 2),
-    **arm("vit_data_10", "vit", _vit, "trained on 10 % of the scenes", 0.10, 2),
-    **arm("resnet_data_03", "resnet", _resnet, "trained on 3 % of the scenes", 0.03, 2),
-    **arm("resnet_data_10", "resnet", _resnet, "trained on 10 % of the scenes", 0.10, 2),
-    **arm("mixer", "mixer", _vit, MIXER, replicates=2),
-    **arm("vit_masked", "vit", _masked, "trained without labels", replicates=2),
-    **arm("vit_adamw", "vit", Recipe(), "trained by AdamW", replicates=2),
-    **arm("resnet_adamw", "resnet", Recipe(), "trained by AdamW", replicates=2),
+    **arm("vit", _vit, READ_FROM_TOKEN, 5),
+    **arm("vit_gap", _vit, READ_FROM_MEAN, 5),
+    **arm("resnet", _resnet, CONVOLUTIONAL, 5),
+    **arm("vit_no_skip_middle", _fading, "without the skips of block 4", 2),
+    **arm("resnet_no_skip_middle", _resnet, "without the skip of unit 6", 2),
+    **less_data("vit", _vit, (1, 3, 10), 2),
+    **less_data("resnet", _resnet, (3, 10), 2),
+    **arm("mixer", _vit, MIXER, 2),
+    **arm("vit_masked", _masked, "trained without labels", 2, of="vit"),
+    **arm("vit_adamw", Recipe(), "trained by AdamW", 2, of="vit"),
+    **arm("resnet_adamw", Recipe(), "trained by AdamW", 2, of="resnet"),
 }
 
 

@@ -46,34 +46,28 @@ def second_roles(recipe: CroppingRecipe = RECIPE) -> dict[str, TrainedRole]:
     """Roles of the study ``photographs``."""
     change = functools.partial(dataclasses.replace, recipe)
     return {
-        **arm("vit", "vit", recipe, lab.READ_FROM_TOKEN, replicates=3),
-        **arm("resnet", "resnet", recipe, "the convolutional network", replicates=3),
-        **arm("vit_gap", "vit_gap", recipe, lab.READ_FROM_MEAN, replicates=2),
-        **arm("vit_cutmix", "vit", change(cutmix=True), "trained on mixed images", replicates=2),
-        **arm("vit_data_03", "vit", recipe, "trained on 3 % of the photographs", 0.03, 2),
-        **arm("vit_muon", "vit", change(optimiser="muon"), "trained by Muon", replicates=2),
-        **arm(
-            "vit_no_skip_middle", "vit_no_skip_middle", change(fade=0.3),
-            "without the skips of the middle block", replicates=2,
-        ),
-        **arm("vit_data_10", "vit", recipe, "trained on 10 % of the photographs", 0.10, 2),
-        **arm("mixer", "mixer", recipe, lab.MIXER),
-    }  # fmt: skip
+        **arm("vit", recipe, lab.READ_FROM_TOKEN, 3),
+        **arm("resnet", recipe, lab.CONVOLUTIONAL, 3),
+        **arm("vit_gap", recipe, lab.READ_FROM_MEAN, 2),
+        **arm("vit_cutmix", change(cutmix=True), "trained on mixed images", 2, of="vit"),
+        **arm("vit_muon", change(optimiser="muon"), "trained by Muon", 2, of="vit"),
+        **arm("vit_no_skip_middle", change(fade=0.3), "without the skips of block 4", 2),
+        **lab.less_data("vit", recipe, (3, 10), 2, "photographs"),
+        **arm("mixer", recipe, lab.MIXER),
+    }
 
 
 def first_roles(recipe: CroppingRecipe, depth: int) -> dict[str, TrainedRole]:
     """Roles of the first edition's studies."""
     fading = dataclasses.replace(recipe, fade=0.3)
-    middle = f"without the skips of block {depth // 2}"
     return {
-        "vit": TrainedRole("vit", recipe, lab.READ_FROM_TOKEN),
+        **arm("vit", recipe, lab.READ_FROM_TOKEN),
         "vit_other_seed": lab.other_seed("vit", recipe, lab.CEILING),
-        "vit_gap": TrainedRole("vit_gap", recipe, lab.READ_FROM_MEAN),
-        "resnet": TrainedRole("resnet", recipe, "the convolutional network"),
+        **arm("vit_gap", recipe, lab.READ_FROM_MEAN),
+        **arm("resnet", recipe, lab.CONVOLUTIONAL),
         "resnet_other_seed": lab.other_seed("resnet", recipe, "its twin from another seed"),
-        "vit_no_skip_middle": TrainedRole("vit_no_skip_middle", fading, middle),
-        **arm("vit_data_03", "vit", recipe, "trained on 3 % of the photographs", 0.03),
-        **arm("vit_data_10", "vit", recipe, "trained on 10 % of the photographs", 0.10),
+        **arm("vit_no_skip_middle", fading, f"without the skips of block {depth // 2}"),
+        **lab.less_data("vit", recipe, (3, 10), what="photographs"),
     }
 
 
@@ -131,7 +125,7 @@ class Photographs(Trained):
         return normalize(pixels.float() / 255, MEAN, DEVIATION)
 
     def facts(self, roles) -> dict:
-        """What a record says of the pictures."""
+        """The pictures, for records."""
         return {"pictures": f"validation set of Tiny-ImageNet-200, {self.size.image} pixels"}
 
     def training_data(self, role: TrainedRole, device) -> tuple:

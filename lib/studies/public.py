@@ -107,6 +107,8 @@ def _checked(path: Path, key: str, table: dict, kind):
         wrong, _, place = str(error).partition(" - at `$")
         place = (key + place.rstrip("`")).strip(".") or "the file"
         wrong = wrong.replace("`object`", "a table").replace("`array`", "an array")
+        if unknown := wrong.partition("Object contains unknown field ")[2]:
+            wrong = f"{unknown} means nothing here"
         known = ", ".join(kind.__struct_fields__)
         raise ValueError(f"{path}: {place}: {wrong}; known are {known}") from error
 
@@ -122,7 +124,7 @@ class Public(Study):
         ``folder``, or ``dataset`` with ``root`` and torchvision's options for it; and ``resize``
         (short side, bicubic) and ``crop`` (the middle), in pixels, the same for all networks.
     purpose : str
-        One line that says what the study is.
+        One line about the study.
     home : path
         Relative paths of folders and weights start here.
     """
@@ -181,7 +183,7 @@ class Public(Study):
         return self._path(role.weights).is_file() if role.weights else hub.is_here(role.model)
 
     def facts(self, roles) -> dict:
-        """What a record says of the networks beside their weights' hash, and of the pictures."""
+        """The networks and the pictures, for records."""
 
         def of(role):
             if not role.trained:

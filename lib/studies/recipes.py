@@ -160,7 +160,7 @@ def crop(pixels: Tensor, x: Tensor, y: Tensor, extent: Tensor, mirrored: Tensor)
     """Squares of images (n, c, h, h), uint8, scaled to the images' size by linear interpolation.
 
     ``x``, ``y`` (n,) are the upper left corners in pixels, ``extent`` (n,) the sides, and
-    ``mirrored`` (n,) says which crops are turned left to right. Beyond the image it is black.
+    ``mirrored`` (n,) marks crops that are turned left to right. Beyond the image it is black.
     """
     side = pixels.shape[-1]
     zoom = extent / side

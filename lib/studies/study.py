@@ -69,9 +69,12 @@ class TrainedRole(Role):
         return dataclasses.replace(self, recipe=recipe)
 
 
-def arm(name: str, architecture: str, recipe: Recipe, purpose: str, share=1.0, replicates=1):
-    """An arm's roles, by name: ``<name>``, ``<name>_seed_1``, ..., from consecutive seeds."""
-    first = TrainedRole(architecture, recipe.of_share(share), purpose, arm=name, share=share)
+def arm(name: str, recipe: Recipe, purpose: str, replicates=1, of="", share=1.0):
+    """An arm's roles, by name: ``<name>``, ``<name>_seed_1``, ..., from consecutive seeds.
+
+    ``of`` is their architecture, where that is not the name, and ``share`` that of their images.
+    """
+    first = TrainedRole(of or name, recipe.of_share(share), purpose, arm=name, share=share)
     return {
         f"{name}_seed_{k}" if k else name: dataclasses.replace(first.later(k), replicate=k)
         for k in range(replicates)
@@ -87,7 +90,7 @@ class Study:
     roles : dict of Role
         By name.
     purpose : str
-        One sentence that says what the study is.
+        One sentence about the study.
     """
 
     cards: ClassVar[dict[str, dict]] = {}  # of networks that were trained here
