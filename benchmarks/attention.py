@@ -5,7 +5,7 @@ computes attention in one fused kernel and makes no maps; the measured one makes
 them block by block. Both run in this process in turn; CPU time, so that other work on the machine
 hardly matters. Memory is the peak over that at the start, for more and more images::
 
-    python -m benchmarks.attention --out book/records/cost-attention.json
+    python -m benchmarks.attention --out book/results/cost-attention.json
 """
 
 import statistics

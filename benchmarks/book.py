@@ -6,8 +6,8 @@ networks over the same images are timed in turn with it, in this process: CPU ti
 work on the machine hardly matters. Receptive fields take gradients, of a few images, and are timed
 apart::
 
-    python -m benchmarks.book --out book/records/cost-book.json
-    python -m benchmarks.book --large --images 128 --more 256 --out book/records/cost-large.json
+    python -m benchmarks.book --out book/results/cost-book.json
+    python -m benchmarks.book --large --images 128 --more 256 --out book/results/cost-large.json
 """
 
 import contextlib

@@ -6,7 +6,7 @@ the same two networks are timed in turn with each candidate: CPU time, so that o
 machine hardly matters. Peers that are not installed are left out::
 
     pip install --no-deps torch-cka pytorch-cka ckatorch
-    python -m benchmarks.cka --out book/records/cost-cka.json
+    python -m benchmarks.cka --out book/results/cost-cka.json
 """
 
 import copy

@@ -5,7 +5,7 @@ so the factors of every matrix product and convolution are rounded to its 10 bit
 GPU does with them before it multiplies. Either the networks alone work so, or CKA's tables of
 likenesses as well, as they would if nobody took care::
 
-    python -m benchmarks.precision --out book/records/cost-precision.json
+    python -m benchmarks.precision --out book/results/cost-precision.json
 """
 
 import contextlib

@@ -6,7 +6,7 @@ Gram matrices and two of the largest activation, counted on networks without num
 what they allow at a given throughput: 10 TFLOP/s for a GPU, and for a CPU core what one core
 of this machine reaches in a plain forward pass of a ViT-S/16, which alone is timed::
 
-    python -m benchmarks.public --out book/records/cost-public.json
+    python -m benchmarks.public --out book/results/cost-public.json
 """
 
 import time

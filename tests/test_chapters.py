@@ -13,7 +13,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from lib.site import board, run
+from lib.site import board, results, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -58,14 +58,18 @@ def test_chapters_and_executed_copies_are_the_same_set():
 
 def test_toc_lists_every_chapter_and_nothing_that_is_missing():
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
-    files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]] + [toc["root"]]
-    assert [name for name in files if name.startswith("chapters/")] == [
+    entries = [entry for part in toc["parts"] for entry in part["chapters"]]
+    listed = [next(iter(entry.values())) for entry in entries] + [toc["root"]]
+    found = []
+    for name in listed:
+        files = sorted(
+            {*(ROOT / "book").glob(f"{name}.md"), *(ROOT / "book").glob(f"{name}.ipynb")}
+        )
+        assert files, f"{name} is in _toc.yml but not in book/"
+        found += [path.relative_to(ROOT / "book").with_suffix("").as_posix() for path in files]
+    assert [name for name in found if name.startswith("chapters/")] == [
         f"chapters/{path.stem}" for path in SOURCES
     ]
-    for name in files:
-        assert list((ROOT / "book").glob(f"{name}.md")) + list(
-            (ROOT / "book").glob(f"{name}.ipynb")
-        ), f"{name} is in _toc.yml but not in book/"
 
 
 @each_chapter
@@ -186,8 +190,8 @@ def test_a_chapter_made_from_the_template_passes_from_the_start(tmp_path, monkey
         test_reading_takes_as_long_as_it_says,
     ):
         check(source)
-    # Its claim is an example: the scoreboard, which knows no such claim, must not be asked for it.
-    assert board.collect(tmp_path / "published") == {}
+    # Its claim is an example: the scoreboard, which has no such claim, must not be asked for it.
+    assert board.judged(results.of_chapters(tmp_path / "published")) == {}
     printed = "".join(o.get("text", "") for cell in executed(source) for o in cell.outputs)
     assert re.search(r"unlike its first\. \w", printed)
 

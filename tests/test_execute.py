@@ -11,8 +11,8 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from lib.__main__ import main
-from lib.site import run
+from lib.site import ROOT, commands, explorer, run
+from lib.site.commands import main
 
 
 @pytest.fixture
@@ -32,9 +32,12 @@ def workshop(tmp_path, monkeypatch):
     (tmp_path / "chapters").mkdir()
     add("01-first", "print(n, study)\nn * 2")
     add("02-second", "print('the second')")
-    monkeypatch.setattr(run, "CHAPTERS", tmp_path / "chapters")
-    monkeypatch.setattr(run, "BOOK_CHAPTERS", tmp_path / "published")
-    monkeypatch.setattr(run, "DRAFTS", tmp_path / "drafts")
+    monkeypatch.setattr(commands, "CHAPTERS", tmp_path / "chapters")
+    for module, name in ((commands, "PUBLISHED"), (commands, "RUN"), (commands, "RESULTS")):
+        monkeypatch.setattr(module, name, tmp_path / name.lower())
+    for module in (commands, run):
+        monkeypatch.setattr(module, "DRAFTS", tmp_path / "drafts")
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
     workshop = type("Workshop", (), {"add": staticmethod(add), "path": tmp_path})
 
     def execute(names=None, parameters=None, jobs=1):
@@ -65,7 +68,8 @@ def test_chapters_run_and_a_second_run_gives_the_same_bytes(workshop):
     assert sorted(path.name for path in written[0].parent.iterdir()) == [p.name for p in written]
 
     executed, source = (
-        nbformat.read(path, as_version=4) for path in (written[0], run.CHAPTERS / "01-first.ipynb")
+        nbformat.read(path, as_version=4)
+        for path in (written[0], workshop.path / "chapters" / "01-first.ipynb")
     )
     nbformat.validate(executed)
     assert [cell.source for cell in executed.cells] == [cell.source for cell in source.cells]
@@ -111,21 +115,6 @@ def test_a_run_on_another_study_says_what_its_text_is_about(workshop):
     assert said.endswith("written about `lab`.")
 
 
-def test_words_in_the_place_of_a_number_are_pasted_without_its_format(workshop):
-    path = workshop.add(
-        "03-third",
-        "from myst_nb import glue\nglue('a', 0.25, display=False)",
-        "glue('b', 'not measured here', display=False)",
-    )
-    text = "{glue:text}`a:.1f` or {glue:text}`b:.1f` or {glue:text}`b` or {glue:text}`unknown:.1f`"
-    notebook = nbformat.read(path, as_version=4)
-    notebook.cells[1].source = text
-    nbformat.write(notebook, path)
-    (written,) = workshop.execute("03")
-    said = nbformat.read(written, as_version=4).cells[1].source
-    assert said == text.replace("`b:.1f`", "`b`")
-
-
 def test_a_failing_chapter_changes_nothing(workshop):
     published = workshop.path / "published"
     published.mkdir()
@@ -162,6 +151,101 @@ def test_unknown_names_stop_before_anything_runs(workshop):
     assert not (workshop.path / "published").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("n", 1e3, False),
+        ("n", "16", False),
+        ("n", True, False),
+        ("study", 3, False),
+        ("n", 3, True),
+    ],
+)
+def test_a_value_of_another_type_stops_before_anything_runs(workshop, name, value, right):
+    if right:
+        assert workshop.execute("01", {name: value})
+        return
+    with pytest.raises(ValueError, match=rf"{name} of chapter 01-first is of the type of .*is not"):
+        workshop.execute("01", {name: value})
+    assert not (workshop.path / "published").exists()
+
+
+def test_a_float_may_be_given_as_an_integer(workshop):
+    path = workshop.add("03-third", "print(n)")
+    path.write_text(path.read_text().replace("n = 2", "n = 0.5"))
+    (written,) = workshop.execute("03", {"n": 1})
+    assert printed(written) == ["1\n"]
+
+
+def test_a_file_of_a_study_is_found_where_the_user_stands(workshop, monkeypatch):
+    mine = workshop.path / "my networks"
+    mine.mkdir()
+    (mine / "mine.toml").touch()
+    monkeypatch.chdir(mine)
+    (path,) = workshop.execute("01", {"study": "mine.toml"})
+    assert printed(path) == [f"2 {mine / 'mine.toml'}\n"]
+    with pytest.raises(FileNotFoundError, match=r"there is no file other\.toml"):
+        workshop.execute("01", {"study": "other.toml"})
+
+
+def test_a_folder_may_have_braces_and_quotes_in_its_name(workshop):
+    odd = workshop.path / "it's {lr=0.1} {1} {}"
+    (workshop.path / "chapters").rename(odd)
+    (path,) = run.execute("01", {"n": 3}, odd / "out", odd)
+    assert printed(path) == ["3 lab\n"]
+
+
+def test_chapters_run_in_the_books_surroundings(workshop, monkeypatch):
+    """Not in those of the user's Jupyter, IPython and Matplotlib."""
+    home = workshop.path / "home"
+    spec = home / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "x"}')
+    (home / "ipython" / "profile_default" / "startup").mkdir(parents=True)
+    (home / "ipython" / "profile_default" / "startup" / "mine.py").write_text("print('mine')")
+    (home / "matplotlibrc").write_text("lines.linewidth: 77")
+    (home / "startup.py").write_text("print('mine')")
+    for name, value in {
+        "JUPYTER_PATH": home / "jupyter",
+        "IPYTHONDIR": home / "ipython",
+        "MATPLOTLIBRC": home / "matplotlibrc",
+        "MPLBACKEND": "Agg",
+        "PYTHONSTARTUP": home / "startup.py",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    path = workshop.add(
+        "03-third",
+        "import sys, matplotlib.pyplot as plt",
+        "print(sys.executable, plt.rcParams['lines.linewidth'])",
+        "plt.plot([1, 2])\nplt.show()",
+    )
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata["mystnb"] = {"figure": {"name": "fig-drawn", "caption": "A line"}}
+    nbformat.write(notebook, path)
+    (written,) = workshop.execute("03")
+    assert printed(written) == [f"{sys.executable} 1.5\n"]
+    assert "image/png" in written.read_text()
+
+
+def test_a_chapter_without_one_of_its_figures_is_not_published(workshop):
+    path = workshop.add("03-third", "1")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata["mystnb"] = {"figure": {"name": "fig-lost", "caption": "A line"}}
+    nbformat.write(notebook, path)
+    with pytest.raises(run.ChapterError, match="chapter 03-third has no picture for fig-lost"):
+        workshop.execute()
+    assert not (workshop.path / "published").exists()
+
+
+def test_no_date_is_published(workshop):
+    row = "<tr>\\n  <th>date</th>\\n  <td>2026-11-23</td>\\n</tr>\\n<tr><th>python</th></tr>"
+    shows = f"from IPython.display import HTML\nHTML('<table>{row}</table>')"
+    workshop.add("03-third", shows)
+    (written,) = workshop.execute("03")
+    (output,) = nbformat.read(written, as_version=4).cells[-1].outputs
+    assert output.data["text/html"] == "<table><tr><th>python</th></tr></table>"
+
+
 def test_no_chapters_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are no chapters in"):
         run.execute(source=tmp_path)
@@ -172,6 +256,38 @@ def test_an_experiment_leaves_the_book_alone(workshop, capsys):
     assert printed(workshop.path / "drafts" / "01-first.ipynb") == ["7 tiny-imagenet\n"]
     assert not (workshop.path / "published").exists()
     assert "--publish" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("more", "folder"), [([], "run"), (["--publish"], "published")])
+def test_a_run_goes_to_the_sites_sources_or_to_the_book(workshop, more, folder, monkeypatch):
+    kept = []
+    monkeypatch.setattr(explorer, "measured", lambda: "the record")
+    monkeypatch.setattr(explorer, "save", lambda *given: kept.append(given))
+    workshop.add(explorer.CHAPTER, "print(1)")
+    assert main(["execute", *more]) == 0
+    folders = {path.name for path in workshop.path.iterdir()} & {"run", "published"}
+    assert folders == {folder}
+    maps = {"run": "run/cka.npz", "published": "results/lab/cka.npz"}[folder]
+    assert kept == [("the record", workshop.path / maps)]
+
+
+def test_what_could_not_be_kept_is_not_measured(workshop, monkeypatch, capsys):
+    """A file stands where a folder is needed, which stops root too."""
+    (workshop.path / "file").touch()
+    monkeypatch.setattr(run, "execute", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr("lib.measure.measure", lambda *_: pytest.fail("it measured"))
+    measure = ["measure", "vit", "--out"]
+    for command, cache, says in (
+        (["execute"], "file/cache", "name another folder in VIT_SEE_CACHE"),
+        ([*measure, "my.nc"], "file/cache", "name another folder in VIT_SEE_CACHE"),
+        ([*measure, str(workshop.path / "file/my.nc")], "cache", "name another file with --out"),
+        ([*measure, str(workshop.path)], "cache", "is a folder; --out names the file"),
+    ):
+        monkeypatch.setenv("VIT_SEE_CACHE", str(workshop.path / cache))
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
 
 
 def test_the_command_line_lists_and_explains(workshop, capsys):
@@ -204,18 +320,17 @@ def test_ctrl_c_in_the_middle_of_a_chapter_leaves_nothing_behind(workshop):
     workshop.add("03-third", here + "time.sleep(300)")
     program = f"""
 import pathlib, signal, sys
-from lib import __main__
-from lib.site import run
+from lib.site import commands
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what runs in the background
-run.CHAPTERS = pathlib.Path({str(run.CHAPTERS)!r})
-run.BOOK_CHAPTERS = pathlib.Path({str(run.BOOK_CHAPTERS)!r})
-sys.exit(__main__.main(["execute", "03"]))
+commands.CHAPTERS = pathlib.Path({str(workshop.path / "chapters")!r})
+commands.RUN = pathlib.Path({str(workshop.path / "run")!r})
+sys.exit(commands.main(["execute", "03"]))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stderr=subprocess.PIPE,
         text=True,
-        cwd=run.ROOT,
+        cwd=ROOT,
         env=os.environ | {"TMPDIR": str(scratch)},
         start_new_session=True,
     )
@@ -229,7 +344,7 @@ sys.exit(__main__.main(["execute", "03"]))
     assert said.splitlines()[-1] == "interrupted"
     until(lambda: not psutil.pid_exists(int(marker.read_text())))
     assert not list(scratch.glob("chapters-*"))
-    assert not run.BOOK_CHAPTERS.exists()
+    assert not (workshop.path / "run").exists()
 
 
 def until(true, seconds=120):
@@ -246,7 +361,7 @@ def test_help_imports_no_command(capsys):
     assert stop.value.code == 0
     assert time.perf_counter() - start < 1
     text = capsys.readouterr().out
-    for command in ("execute", "measure", "studies", "train", "pages"):
+    for command in ("execute", "measure", "studies", "train"):
         assert command in text
 
 
@@ -262,4 +377,4 @@ def test_help_imports_no_command(capsys):
     ],
 )
 def test_values_are_read_as_python_where_they_are(text, value):
-    assert run._value(text) == value
+    assert commands.value_of(text) == value

@@ -8,11 +8,9 @@ import nbformat
 import numpy as np
 import pytest
 import xarray as xr
-import yaml
 
-from lib.__main__ import main
-from lib.records import ROOT, load, save
-from lib.site import explorer, run
+from lib.site import CHAPTERS, RESULTS, board, explorer, run
+from lib.site.commands import main
 from lib.studies import load_study
 
 LAYERS = {"vit": ["blocks.0", "blocks.0.attn"], "resnet": ["layer1.0.bn2", "layer1.0", "norm"]}
@@ -42,32 +40,37 @@ def record():
     )
 
 
-def read(script):
-    """The data of a script, and its values as ``values[kind][tap, other]`` in hundredths."""
-    text = script.removeprefix("(globalThis.explorerStudies ??= []).push(").removesuffix(");\n")
+def read(record, folder):
+    """The data of a record's script, and its values as ``values[kind][tap, other]``."""
+    explorer.save(record, folder / "kept" / "cka.npz")
+    return parsed(explorer.script(folder / "kept" / "cka.npz"))
+
+
+def parsed(script):
+    text = script.removeprefix("globalThis.explorerStudy(").removesuffix(");\n")
     data = json.loads(text)
     count = sum(len(role["layers"]) for role in data["roles"])
-    bytes_ = np.frombuffer(base64.b64decode(data["values"]), np.int8).reshape(3, -1)
-    values = np.zeros((3, count, count), int)
+    bytes_ = np.frombuffer(base64.b64decode(data["values"]), np.int8).reshape(2, -1)
+    values = np.zeros((2, count, count), int)
     rows, columns = np.tril_indices(count)
     values[:, rows, columns] = values[:, columns, rows] = bytes_
-    return data, dict(zip(("cka", "low", "high"), values, strict=True))
+    return data, dict(zip(("cka", "margin"), values, strict=True))
 
 
-def test_values_are_the_records_to_rounding(record):
-    data, values = read(explorer.script(record))
-    for kind, found in values.items():
-        expected = record[kind].values
+def test_values_are_the_records_to_rounding(record, tmp_path):
+    data, values = read(record, tmp_path)
+    margin = (record["high"] - record["low"]).values / 2
+    for found, expected in ((values["cka"], record["cka"].values), (values["margin"], margin)):
         defined = ~np.isnan(expected)
         np.testing.assert_array_equal(found == data["undefined"], ~defined)
         inside = defined & (np.abs(expected) < 1.27)
         assert inside.sum() >= 15
         np.testing.assert_allclose(found[inside] / 100, expected[inside], atol=0.005 + 1e-9)
-    assert (values["low"][0, 0], values["high"][0, 0]) == (-127, 127)
+    assert values["margin"][0, 0] == 127
 
 
-def test_taps_and_blocks_are_found_again(record):
-    data, _ = read(explorer.script(record))
+def test_taps_and_blocks_are_found_again(record, tmp_path):
+    data, _ = read(record, tmp_path)
     assert (data["study"], data["images"]) == ("lab", 64)
     vit, resnet = data["roles"]
     assert (vit["name"], vit["first"], vit["blocks"]) == ("ViT", 0, [0])
@@ -98,7 +101,7 @@ def test_layers_in_words(layer, words):
 
 def test_roles_are_the_chapters():
     """Or the page would have to measure what the chapter has measured already."""
-    source = nbformat.read(ROOT / "chapters" / f"{explorer.CHAPTER}.ipynb", as_version=4)
+    source = nbformat.read(CHAPTERS / f"{explorer.CHAPTER}.ipynb", as_version=4)
     (cell,) = [c.source for c in source.cells if "record = measure(chosen, roles," in c.source]
     assert "[MinibatchCKA()], n_images, batch_size, seed, device)" in cell
     names = {"chosen": load_study("lab")}
@@ -107,8 +110,9 @@ def test_roles_are_the_chapters():
         if getattr(target, "id", None) in ("families", "roles"):
             exec(compile(ast.Module([statement], []), "roles", "exec"), names)
     assert tuple(names["roles"]) == explorer.ROLES
-    assert list(explorer.parameters()) == ["study", "n_images", "batch_size", "seed", "device"]
-    assert explorer.parameters()["study"] == "lab"
+    parameters = run.parameters_of(CHAPTERS / f"{explorer.CHAPTER}.ipynb")
+    assert list(parameters) == ["study", "n_images", "batch_size", "seed", "device"]
+    assert parameters["study"] == "lab"
 
 
 def test_what_is_measured_follows_the_parameters_of_the_chapters_run(monkeypatch):
@@ -124,30 +128,26 @@ def test_what_is_measured_follows_the_parameters_of_the_chapters_run(monkeypatch
     assert named == {"n_images": 96, "batch_size": 64, "seed": 0, "device": "cpu"}
 
 
-def test_a_records_file_is_written_beside_the_others(record, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(explorer, "SCRIPTS", tmp_path)
+def test_measure_writes_what_the_explorer_shows(record, tmp_path, monkeypatch):
     record.attrs["study"] = "mine"
-    save(record, tmp_path / "mine.nc")
-    monkeypatch.setattr(run, "write_pages", lambda: pytest.fail("nobody asked for other pages"))
-    assert main(["pages", "--record", str(tmp_path / "mine.nc")]) == 0
-    first = (tmp_path / "explorer-mine.js").read_bytes()
-    explorer.write(load(tmp_path / "mine.nc"))
-    assert (tmp_path / "explorer-mine.js").read_bytes() == first
-    assert "explorer-mine.js: 5 taps" in capsys.readouterr().out
+    monkeypatch.setattr("lib.measure.measure", lambda *_: record)
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(board, "RESULTS", tmp_path / "results")
+    out = tmp_path / "results" / "mine" / "cka.npz"
+    assert main(["measure", "vit", "--out", str(out)]) == 0
+    assert parsed(explorer.script(out))[0]["study"] == "mine"
+    # On its page although no chapter was run on it.
+    assert board.Book(tmp_path).maps() == ["mine"]
+    assert '<option value="mine">mine</option>' in board.Book(tmp_path).render("explorer")
 
 
-def test_committed_data_are_shipped_shown_and_small():
-    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    shipped = config["sphinx"]["config"]["html_static_path"]
-    page = (ROOT / "book" / "explorer.md").read_text(encoding="utf-8")
-    studies = sorted(explorer.SCRIPTS.glob("explorer-*.js"))
-    assert explorer.SCRIPTS / "explorer-lab.js" in studies
+def test_committed_data_are_small_and_each_tap_is_like_itself():
+    studies = sorted(RESULTS.glob("*/cka.npz"))
+    assert RESULTS / "lab" / "cka.npz" in studies
     for path in studies:
-        assert f"_scripts/{path.name}" in shipped
-        assert f'src="_static/{path.name}"' in page
-        assert path.stat().st_size < 1e6
-        data, values = read(path.read_text(encoding="utf-8"))
-        assert f"<option>{data['study']}</option>" in page
+        assert path.stat().st_size < 200_000
+        data, values = parsed(explorer.script(path))
+        assert data["study"] == path.parent.name
         assert len({role["name"] for role in data["roles"]}) == len(data["roles"])
         own = np.diagonal(values["cka"])
         assert set(own.tolist()) <= {100, data["undefined"]}

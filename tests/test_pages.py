@@ -8,10 +8,9 @@ import warnings
 import matplotlib
 import pytest
 
-from lib import __main__
-from lib.findings.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED
-from lib.site import board, run
-from lib.site.run import ROOT
+from lib.findings.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Estimate, decide
+from lib.site import PUBLISHED, ROOT, commands, measuring, results
+from lib.site.verdicts import CLAIMS
 from lib.studies import load_study
 
 PAGES = {
@@ -47,11 +46,11 @@ def test_other_studies_are_as_the_page_says():
         )
         assert times == 5
         resnet = lab.cards[name.replace("vit", "resnet")]
-        card = run.cards(run.RECORDS / "lab-long")[name]
+        card = results.load("lab-long")["cards"][name]
         assert 0.95 < card["accuracy"] / resnet["accuracy"] < 1
     assert "trained on five times as\nmany scenes" in text
     assert "right nearly as often as the ResNets" in text
-    for name, card in run.cards(run.RECORDS / "lab-faint").items():
+    for name, card in results.load("lab-faint")["cards"].items():
         assert 1 / 16 < card["accuracy"] < lab.cards[name]["accuracy"] - 0.05
     assert "a quarter of an image's patches" in text
     for name in ("vit", "vit_other_seed"):
@@ -61,16 +60,26 @@ def test_other_studies_are_as_the_page_says():
         assert recipe == dataclasses.asdict(lab.role(name).recipe)
 
 
+def judgements(found):
+    """The judgements on a study's evidence, by claim; of numbers that decide nothing too."""
+    judged = {}
+    for chapter in found["chapters"].values():
+        for evidence in chapter["claims"]:
+            known = [Estimate(*numbers) for numbers in evidence["replicates"]]
+            floor = [Estimate(*numbers) for numbers in evidence["baselines"]]
+            if known and not evidence["why"]:
+                one, other, floor = [*known, None][0], [*known, None][1], [*floor, None][0]
+                judged[evidence["claim"]] = decide(CLAIMS[evidence["claim"]], one, other, floor)
+    return judged
+
+
 def test_other_studies_found_what_the_chapters_say_of_them():
-    lab, third, long, faint, painting = (
-        {key: found.judgement for key, found in board.collect(folder).items()}
-        for folder in (
-            run.BOOK_CHAPTERS,
-            run.RECORDS / "lab-third-seed",
-            run.RECORDS / "lab-long",
-            run.RECORDS / "lab-faint",
-            run.RECORDS / "lab-masked",
-        )
+    lab, third, long, faint, painting = map(
+        judgements,
+        [
+            results.of_chapters(PUBLISHED),
+            *map(results.load, ("lab-third-seed", "lab-long", "lab-faint", "lab-masked")),
+        ],
     )
     # Chapter 2: "one is more uniform than here, its twin less, and both far more so"
     uniform = "E01-uniform"
@@ -107,7 +116,7 @@ def test_other_studies_found_what_the_chapters_say_of_them():
     reversed_ones = {
         key
         for key, found in painting.items()
-        if {lab[key].verdict, found.verdict} == {SUPPORTED, CONTRADICTED}
+        if key in lab and {lab[key].verdict, found.verdict} == {SUPPORTED, CONTRADICTED}
     }
     assert reversed_ones == {"E15-plateau", "E03-spread", "E02-midpoint"}
     assert painting["E01-uniform"].other_seed.low > lab["E01-uniform"].trained.high
@@ -117,7 +126,7 @@ def blocks(page):
     return re.findall(r"```(python|bash|toml)\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
-def commands(page):
+def commands_on(page):
     """The library's commands on a page, as lists of arguments, with what starts them."""
     for kind, text in blocks(page):
         if kind == "bash":
@@ -138,7 +147,7 @@ def runs_offline(arguments):
 def run_all(page, capsys):
     """Run a page from top to bottom, as a reader would; what its Python names and prints."""
     names, printed = {}, []
-    given = iter(list(commands(page)))
+    given = iter(list(commands_on(page)))
     for kind, text in blocks(page):
         capsys.readouterr()
         if kind == "toml":
@@ -152,7 +161,7 @@ def run_all(page, capsys):
             for _ in range(text.count("-m lib ")):
                 _, arguments = next(given)
                 if runs_offline(arguments):
-                    assert __main__.main(arguments) == 0, arguments
+                    assert commands.main(arguments) == 0, arguments
     return names, printed
 
 
@@ -190,13 +199,18 @@ def test_bigger(capsys, tmp_path):
 def test_commands_on_the_page_are_understood(page, monkeypatch):
     """Those that need a hub, several machines or hours too."""
     seen = []
-    monkeypatch.setattr(__main__, "_measure", seen.append)
-    monkeypatch.setattr(__main__, "_studies", seen.append)
-    monkeypatch.setattr(__main__.run, "main", seen.append)
-    given = list(commands(page))
+    for module, name in ((measuring, "measure"), (measuring, "studies"), (commands, "execute")):
+
+        def command(args):
+            """Seen."""
+            seen.append(args)
+
+        command.__name__ = name
+        monkeypatch.setattr(module, name, command)
+    given = list(commands_on(page))
     for start, arguments in given:
         assert re.search(r"(\.venv/bin/python|torchrun .*) $", start)
-        assert __main__.main(arguments) == 0
+        assert commands.main(arguments) == 0
     assert len(seen) == len(given) >= 5
     for args in seen:
         study = getattr(args, "study", None)

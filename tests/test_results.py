@@ -1,34 +1,23 @@
-"""Pages of other studies beside the lab, made of toy notebooks."""
+"""What is kept of executed chapters, and the pages that are made of it, with toy notebooks."""
 
 import base64
 import io
 import json
 import re
+from datetime import date
 
 import nbformat
 import numpy as np
 import pytest
-import yaml
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
 from lib import plots
-from lib.__main__ import main
 from lib.findings import claims
-from lib.site import results, run
-from lib.studies.photographs import Photographs
-
-TOC = """\
-format: jb-book
-root: index
-parts:
-  - caption: Other studies
-    chapters:
-      - file: studies
-  - caption: Appendix
-    chapters:
-      - file: glossary
-"""
+from lib.site import CHAPTERS, PUBLISHED, RESULTS, board, commands, extension, results, run
+from lib.site.commands import main
+from lib.studies import TinyImagenetSmall
 
 
 def png(shade, noise=0):
@@ -48,207 +37,236 @@ def figure(number, picture):
     """A cell that draws; without a picture, one that had nothing to draw."""
     outputs = [shown(image_png=base64.b64encode(picture).decode())] if picture else []
     cell = new_code_cell(f"draw({number})", outputs=outputs)
-    cell.id = f"fig-{number}"
     cell.metadata["mystnb"] = {
-        "figure": {"caption": f"What is seen in {number}.", "name": f"fig-toy-{number}"},
+        "figure": {"caption": f"The “{number}” & more.", "name": f"fig-toy-{number}"},
         "image": {"alt": f"A square, {number}."},
     }
     return cell
 
 
 def judged(value, key="E01-uniform"):
-    claim = claims.CLAIMS[key]
     estimate = claims.Estimate(value, value - 0.1, value + 0.1)
-    table = claims.table([claims.decide(claim, estimate, None, None)])
+    table = claims.table([claims.decide(claims.CLAIMS[key], estimate, None, None)])
     data, metadata = table._repr_mimebundle_()
     output = new_output("execute_result", data, metadata=metadata)
-    return new_code_cell("claims.table(judgements)", outputs=[output])
+    return new_code_cell(f"claims.table({key!r})", outputs=[output])
 
 
-def chapter(path, pictures, *tables, code="draw = print", facts="8"):
+def glue(**values):
+    prefix = "application/papermill.record/"
+    outputs = [
+        new_output(
+            "display_data",
+            {f"{prefix}text/plain": repr(value)},
+            metadata={"scrapbook": {"mime_prefix": prefix, "name": name}},
+        )
+        for name, value in values.items()
+    ]
+    return new_code_cell("glue(...)", outputs=outputs, metadata={"tags": ["remove-cell"]})
+
+
+def notebook(pictures, *tables, code="import os\ndraw = print", facts="8", printed="one"):
     cells = [
-        new_markdown_cell("# A toy\n\nWords with a {glue:text}`number` and (a-label)="),
+        new_markdown_cell(
+            "# A toy\n\nThere are {glue:text}`count:.1f` and {glue:text}`words:.2f`."
+        ),
         new_code_cell(code),
-        new_markdown_cell("## First part"),
+        glue(count=2.25, words="not measured here"),
+        new_code_cell("print(1)", outputs=[new_output("stream", name="stdout", text=printed)]),
         *(figure(number, picture) for number, picture in enumerate(pictures)),
         *tables,
-        new_markdown_cell("## The end\n\n$$ a $$ (eq-toy)"),
         new_code_cell(
             "as_table(facts)",
-            outputs=[shown(text_html=f"<style>x\n\ny</style>\n<table>\n\n{facts} images</table>")],
+            outputs=[
+                shown(
+                    text_html="<style>x\n\ny</style>\n<table><tr>\n<th>images</th>\n"
+                    f"<td>{facts} &lt; 9</td></tr></table>"
+                )
+            ],
         ),
     ]
-    for number, cell in enumerate(cells):
-        if not cell.id.startswith("fig-"):
-            cell.id = f"cell-{number}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(new_notebook(cells=cells), path)
+    # As it is read from a file.
+    return json.loads(nbformat.writes(new_notebook(cells=cells)))
 
 
 @pytest.fixture
-def write(tmp_path):
-    """A book with two chapters and one other study, which has seen the first of them."""
-    chapter(tmp_path / "chapters" / "02-toy.ipynb", [png(1), png(2)], judged(0.5))
-    chapter(tmp_path / "chapters" / "03-other.ipynb", [png(3)])
-    chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [png(4), None], judged(-0.5))
-    (tmp_path / "_toc.yml").write_text(TOC)
-
-    def run():
-        return results.write(
-            tmp_path / "chapters", tmp_path / "records", tmp_path / "studies",
-            tmp_path / "_toc.yml",
-        )  # fmt: skip
-
-    return run
+def home(tmp_path, monkeypatch):
+    """A book whose chapter 02-toy was run on the lab and on the study `photos`."""
+    for module in (results, board, extension):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    (tmp_path / "lab").mkdir()
+    lab = notebook([png(1), png(2)], judged(0.5))
+    (tmp_path / "lab" / "02-toy.ipynb").write_text(json.dumps(lab))
+    results.save("photos", {"02-toy": notebook([png(4), None], judged(-0.5), printed="<two>")})
+    return tmp_path
 
 
-def everything(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "chapters" not in path.parts and "records" not in path.parts
+# What is kept ------------------------------------------------------------------------------------
+
+
+def test_what_a_chapter_holds_is_kept(home):
+    chapter = results.load("photos")["chapters"]["02-toy"]
+    assert chapter["edition"] == results.EDITION
+    assert chapter["figures"] == {
+        "fig-toy-0": {
+            "caption": "The “0” & more.",
+            "alt": "In photos: The “0” & more.",
+            "width": 4,
+        },
+        "fig-toy-1": {"caption": "The “1” & more.", "alt": "In photos: The “1” & more."},
     }
+    assert chapter["glued"] == {"count": 2.25, "words": "not measured here"}
+    assert list(chapter["outputs"].values()) == ["<pre>&lt;two&gt;</pre>"]
+    assert chapter["provenance"] == {"images": "8 < 9", "date": date.today().isoformat()}
+    assert [evidence["replicates"] for evidence in chapter["claims"]] == [[[-0.5, -0.6, -0.4]]]
+    lab = results.of_chapters(home / "lab")["chapters"]["02-toy"]
+    assert lab["figures"]["fig-toy-1"]["alt"] == "A square, 1."
+    assert (lab["code"], list(lab["outputs"])) == (chapter["code"], list(chapter["outputs"]))
 
 
-def test_each_figure_stands_beside_the_labs(write, tmp_path):
-    (page,) = write()
-    assert page == tmp_path / "studies" / "02-toy.md"
-    text = page.read_text()
-    assert text.startswith("# A toy, study by study\n")
-    assert "{doc}`../chapters/02-toy`" in text
-    assert "{doc}`../studies`" in text
-    folder = page.with_suffix("")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "fig-toy-0-lab.png", "fig-toy-0-photos.png", "fig-toy-1-lab.png",
-    ]  # fmt: skip
-    for study, drawn in (("lab", png(1)), ("photos", png(4))):
-        shown, expected = (
-            np.asarray(Image.open(picture).convert("RGB"), dtype=int)
-            for picture in (folder / f"fig-toy-0-{study}.png", io.BytesIO(drawn))
-        )
-        assert np.abs(shown - expected).max() <= 2
-    first, second = re.findall(r":::::\{grid\}.*?\n:::::\n\n(?:.*?)\n\n", text, re.DOTALL)
-    assert first.index("02-toy/fig-toy-0-lab.png") < first.index("02-toy/fig-toy-0-photos.png")
-    assert ":alt: A square, 0." in first
-    assert ":alt: In photos: What is seen in 0." in first
-    assert first.rstrip().endswith("{numref}`fig-toy-0`: What is seen in 0.")
-    assert second.count("{image}") == 1
-    assert "*Not measured in this study.*" in second
-    assert text.count("## First part") == 1
-
-
-def test_no_label_equation_or_glued_number_is_there_twice(write):
-    text = write()[0].read_text()
-    for twice in ("glue", "a-label", "eq-toy", ":name:", "{figure}", ")="):
-        assert twice not in text
-
-
-def test_verdicts_stand_side_by_side(write, tmp_path):
-    other = judged(0.5, "E01-stages")
-    chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [], judged(-0.5), other)
-    text = write()[0].read_text()
-    (head,) = re.findall(r"<thead>(.*?)</thead>", text)
-    assert re.findall(r"<th>(.*?)</th>", head) == ["claim", "The lab", "photos"]
-    body = text.partition("<tbody>")[2]
-    first, second = (re.findall("<td>(.*?)</td>", row) for row in body.splitlines()[1:3])
-    assert "<b>E01-uniform</b>" in first[0]
-    assert '<span class="verdict-supported">supported</span>' in first[1]
-    assert "0.500 [0.400, 0.600]" in first[1]
-    assert '<span class="verdict-contradicted">contradicted</span>' in first[2]
-    assert "-0.500 [-0.600, -0.400]" in first[2]
-    assert first[0].endswith("Taken together: depends on the study</small>")
-    assert "<b>E01-stages</b>" in second[0]
-    assert second[1] == "not measured"
-    assert "supported" in second[2]
-    assert "together" not in second[0]
-
-
-def test_where_numbers_come_from_and_code_that_has_changed(write, tmp_path):
-    text = write()[0].read_text()
-    assert "8 images" in text
-    assert "<style" not in text
-    assert "\n\n" not in text[text.index("<table>") : text.index("8 images")]
-    assert "The chapter's code has changed" not in text
-    path = tmp_path / "records" / "photos" / "02-toy.ipynb"
-    chapter(path, [png(4), None], judged(-0.5), code="draw = repr")
-    assert "The chapter's code has changed" in write()[0].read_text()
-
-
-def test_the_same_notebooks_give_the_same_bytes_and_nothing_old_stays(write, tmp_path):
-    pages = tmp_path / "studies"
-    write()
-    before = everything(tmp_path)
-    (pages / "01-gone.md").write_text("of a record that was removed")
-    (pages / "02-toy" / "fig-old.png").write_bytes(b"")
-    write()
-    assert everything(tmp_path) == before
-
-
-def test_pages_are_listed_exactly_while_they_exist(write, tmp_path):
-    def listed():
-        toc = yaml.safe_load((tmp_path / "_toc.yml").read_text())
-        return [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-
-    write()
-    assert listed() == ["studies", "studies/02-toy", "glossary"]
-    chapter(tmp_path / "records" / "more" / "03-other.ipynb", [png(5)])
-    assert [page.name for page in write()] == ["02-toy.md", "03-other.md"]
-    assert listed() == ["studies", "studies/02-toy", "studies/03-other", "glossary"]
-    for path in (tmp_path / "records").glob("*/*.ipynb"):
-        path.unlink()
-    assert write() == []
-    assert (tmp_path / "_toc.yml").read_text() == TOC
-    assert [path.name for path in (tmp_path / "studies").iterdir()] == ["networks.txt"]
-
-
-def test_large_pictures_get_fewer_colours(write, tmp_path):
+def test_pictures_are_the_chapters_in_fewer_colours(home):
+    (name,) = kept = results.figures("photos")
+    assert name == "02-toy/fig-toy-0"
+    shown = np.asarray(Image.open(io.BytesIO(kept[name])).convert("RGB"), dtype=int)
+    expected = np.asarray(Image.open(io.BytesIO(png(4))), dtype=int)
+    assert np.abs(shown - expected).max() <= 2
     large = png(0, noise=300)
     assert len(large) > results.LARGEST
-    chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [large])
-    write()
-    path = tmp_path / "studies" / "02-toy" / "fig-toy-0-photos.png"
-    assert path.stat().st_size <= results.LARGEST
-    assert Image.open(path).size == (300, 300)
+    fewer = results.small(large)
+    assert len(fewer) <= results.LARGEST
+    assert Image.open(io.BytesIO(fewer)).size == (300, 300)
 
 
-def test_pictures_that_would_be_too_small_beside_each_other_stand_below_each_other(write, tmp_path):
-    assert write()[0].read_text().count("{grid} 1 1 2 2") == 2
-    buffer = io.BytesIO()
-    Image.new("L", (results.WIDEST + 1, 2 * results.LINE)).save(buffer, "PNG")
-    chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [buffer.getvalue(), png(1)])
-    text = write()[0].read_text()
-    assert text.count("{grid} 1 1 1 1") == text.count("{grid} 1 1 2 2") == 1
-
-
-def test_a_line_that_says_what_is_missing_is_no_picture(write, tmp_path):
+def test_a_line_that_says_what_is_missing_is_no_picture(home):
     plots.use_style()
-    data = base64.b64decode(
-        re.search('base64,(.*?)"', plots.inline(plots.nothing("x"), "").data)[1]
+    shown = plots.inline(plots.nothing("x"), "").data
+    line = base64.b64decode(re.search('base64,(.*?)"', shown)[1])
+    results.save("photos", {"02-toy": notebook([line, png(1)])})
+    assert list(results.figures("photos")) == ["02-toy/fig-toy-1"]
+
+
+def test_one_chapter_or_card_replaces_its_own_only_and_the_same_gives_the_same_bytes(home):
+    folder = results.save("photos", {"03-more": notebook([png(9)])}, {"vit": {"seed": 1}})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {"results.json", "figures.zip"}
+    assert list(results.load("photos")["chapters"]) == ["02-toy", "03-more"]
+    results.save("photos", {"03-more": notebook([png(9)])})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    results.save("photos", {"02-toy": notebook([])}, {"resnet": {"seed": 2}})
+    assert list(results.figures("photos")) == ["03-more/fig-toy-0"]
+    assert results.load("photos")["cards"] == {"vit": {"seed": 1}, "resnet": {"seed": 2}}
+
+
+@pytest.mark.parametrize(
+    ("code", "same"),
+    [
+        ("draw = print", True),
+        ("from os import (\n    path,\n)\n\ndraw = print", True),
+        ("import os\ndraw = print  # other", False),
+        ("draw = repr", False),
+    ],
+)
+def test_the_hash_of_the_code_leaves_out_imports(code, same):
+    mine, base = (
+        results.of_chapter(notebook([], **given), "x")[0]["code"] for given in ({"code": code}, {})
     )
-    chapter(tmp_path / "records" / "photos" / "02-toy.ipynb", [data, png(1)])
-    text = write()[0].read_text()
-    assert text.count("*Not measured in this study.*") == 1
-    assert ":alt: In photos: What is seen in 1." in text
-    assert "fig-toy-0-photos" not in text
+    assert (mine == base) == same
 
 
-def test_networks_are_those_of_the_cards(write, tmp_path):
-    def networks():
-        return (tmp_path / "studies" / "networks.txt").read_text()
+# The switch ---------------------------------------------------------------------------------------
 
-    write()
-    assert networks().startswith("**Not measured here:**")
+
+def pages(home):
+    chapters = home / "lab"
+    made = extension.Pages(home / "published", chapters)
+    content = ["the file in book/"]
+    made.read(None, "chapters/02-toy", content)
+    return made, json.loads(content[0])
+
+
+def test_a_chapter_is_shown_with_numbers_verdicts_and_places(home):
+    _, shown = pages(home)
+    assert shown["cells"][0]["source"] == (
+        '# A toy\n\nThere are <span data-glue="count:.1f">2.2</span> and '
+        '<span data-glue="words:.2f">not measured here</span>.'
+    )
+    (table,) = [c for c in shown["cells"] if "claims.table" in str(c["source"])]
+    html = table["outputs"][0]["data"]["text/html"]
+    row = BeautifulSoup(html, "html.parser").find("tr", id="e01-uniform")
+    assert "0.500 [0.400, 0.600]" in row.text
+    assert row.find(class_="verdict-supported")
+    keys = [tag for cell in shown["cells"] for tag in cell["metadata"].get("tags", [])]
+    assert len([key for key in keys if key.startswith("cell-")]) == len(set(keys) - {"remove-cell"})
+
+
+def test_the_switch_has_every_place_of_the_other_study(home):
+    made, shown = pages(home)
+    lab, photos = made.switches["02-toy"]
+    assert (lab["name"], lab["html"]) == ("lab", {})
+    assert (photos["name"], photos["title"]) == ("photos", "photos")
+    html = {key: BeautifulSoup(value, "html.parser") for key, value in photos["html"].items()}
+    image = html.pop("figure:fig-toy-0").img
+    assert image["src"] == "../_static/studies/photos/02-toy/fig-toy-0.png"
+    assert image["alt"] == "In photos: The “0” & more."
+    assert html.pop("figure:fig-toy-1").text == "Not measured in this study."
+    assert html.pop("glue:count:.1f").text == "2.2"
+    assert html.pop("glue:words:.2f").text == "not measured here"
+    tagged = {
+        tag.removeprefix("cell-"): "".join(cell["source"])
+        for cell in shown["cells"]
+        for tag in cell["metadata"].get("tags", [])
+    }
+    cells = {tagged[key.removeprefix("cell:")]: found for key, found in html.items()}
+    assert set(cells) == {"print(1)", "claims.table('E01-uniform')", "as_table(facts)"}
+    assert cells["print(1)"].pre.text == "<two>"
+    assert cells["claims.table('E01-uniform')"].find(class_="verdict-contradicted")
+    assert cells["as_table(facts)"].find("th", string="images").find_next("td").text == "8 < 9"
+
+
+def test_code_that_has_changed_is_said_and_its_outputs_stay_the_labs(home):
+    made, _ = pages(home)
+    assert made.switches["02-toy"][1]["note"] == f"Measured by the {results.EDITION} of this book."
+    other = notebook([png(4), None], judged(-0.5))
+    (cell,) = [cell for cell in other["cells"] if "print(1)" in str(cell["source"])]
+    cell["source"] = "print(1.0)"
+    results.save("photos", {"02-toy": other})
+    _, photos = pages(home)[0].switches["02-toy"]
+    assert photos["note"].endswith("whose code for this chapter was another.")
+    assert "<pre>" not in "".join(photos["html"].values())
+
+
+def test_the_last_run_outweighs_what_is_published(home):
+    (home / "published").mkdir()
+    for name in ("02-toy", "03-old"):
+        text = json.dumps(notebook([], printed="published"))
+        (home / "published" / f"{name}.ipynb").write_text(text)
+    made, shown = pages(home)
+    assert "one" in json.dumps(shown)
+    assert "published" not in json.dumps(shown)
+    content = [""]
+    made.read(None, "chapters/03-old", content)
+    assert "published" in content[0]
+
+
+def test_a_chapter_that_only_the_lab_has_run_has_no_switch(home):
+    (home / "lab" / "03-alone.ipynb").write_text(json.dumps(notebook([png(3)])))
+    made, _ = pages(home)
+    made.read(None, "chapters/03-alone", [""])
+    assert list(made.switches) == ["02-toy"]
+
+
+def test_networks_are_those_of_the_cards(home):
     card = {
         "role": "vit", "parameters": 925_352, "seconds": 5400, "device": "one CPU",
         "accuracy": 0.1234, "accuracy_interval": [0.117, 0.13], "test_images": 10_000,
         "recipe": {"images": 480_000, "distinct": 24_000, "until": 1.0, "seed": 1},
     }  # fmt: skip
-    (tmp_path / "records" / "photos" / "vit.json").write_text(json.dumps(card))
-    write()
-    assert "`photos`, accuracy on 10,000 test images:" in networks()
-    assert networks().splitlines()[-1] == (
-        "| `vit` | 0.93 M | 480,000 | 24,000 | 1 | 0.123 [0.117, 0.130] | 90 min, one CPU |"
-    )
+    results.save("photos", {}, {"vit": card})
+    table = BeautifulSoup(board.Book(home / "lab").render("networks"), "html.parser")
+    assert table.caption.text == "photos, accuracy on 10,000 test images"
+    assert [cell.text for cell in table.tbody.find_all(["th", "td"])] == [
+        "vit", "0.93 M", "480,000", "24,000", "1", "0.123 [0.117, 0.130]", "90 min, one CPU",
+    ]  # fmt: skip
 
 
 # On the command line ------------------------------------------------------------------------------
@@ -265,14 +283,16 @@ def workshop(tmp_path, monkeypatch):
     }.items():
         cell = new_code_cell(values, metadata={"tags": ["parameters"]})
         shows = "print(study, n_images, shots)" if name == "05-all" else "1 / 0"
-        notebook = new_notebook(cells=[cell, new_code_cell(shows)], metadata={})
-        notebook.metadata["kernelspec"] = run.KERNEL
-        nbformat.write(notebook, tmp_path / "chapters" / f"{name}.ipynb")
-    monkeypatch.setattr(run, "CHAPTERS", tmp_path / "chapters")
-    monkeypatch.setattr(run, "RECORDS", tmp_path / "records")
-    monkeypatch.setattr(run, "write_pages", lambda: print("pages are made"))
+        source = new_notebook(cells=[cell, new_code_cell(shows), new_code_cell("")], metadata={})
+        source.metadata["kernelspec"] = run.KERNEL
+        nbformat.write(source, tmp_path / "chapters" / f"{name}.ipynb")
+    monkeypatch.setattr(commands, "CHAPTERS", tmp_path / "chapters")
+    monkeypatch.setattr(commands, "DRAFTS", tmp_path / "drafts")
+    for module in (commands, results):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
     cards = {"vit": {"study": "tiny-imagenet-small"}, "shared": {"study": "lab"}}
-    monkeypatch.setattr(Photographs, "cards", cards)
+    monkeypatch.setattr(TinyImagenetSmall, "cards", cards)
     return tmp_path
 
 
@@ -282,12 +302,10 @@ def workshop(tmp_path, monkeypatch):
 )
 def test_chapters_that_measure_are_executed_on_a_study(workshop, more, printed, capsys):
     assert main(["execute", "--study", "tiny-imagenet-small", *more]) == 0
-    assert capsys.readouterr().out.endswith("pages are made\n")
-    (path,) = (workshop / "records").rglob("*.ipynb")
-    assert path == workshop / "records" / "tiny-imagenet-small" / "05-all.ipynb"
-    assert nbformat.read(path, as_version=4).cells[-1].outputs[0].text == printed
-    kept = run.cards(path.parent)
-    assert kept == {"vit": {"study": "tiny-imagenet-small"}}  # a card of the lab is kept there
+    assert "tiny-imagenet-small: 05-all in " in capsys.readouterr().out
+    kept = results.load("tiny-imagenet-small")
+    assert list(kept["chapters"]["05-all"]["outputs"].values()) == [f"<pre>{printed}</pre>"]
+    assert kept["cards"] == {"vit": {"study": "tiny-imagenet-small"}}  # the lab keeps its own
 
 
 def test_what_cannot_be_executed_on_a_study_is_one_sentence(workshop, capsys):
@@ -302,13 +320,33 @@ def test_what_cannot_be_executed_on_a_study_is_one_sentence(workshop, capsys):
         assert error.count("\n") == 1
 
 
-def test_the_books_own_pages_are_those_of_its_notebooks(tmp_path):
-    toc = tmp_path / "_toc.yml"
-    toc.write_bytes(results.TOC.read_bytes())
-    pages = tmp_path / results.PAGES.name
-    written = results.write(pages=pages, toc=toc)
-    again = "run `python -m lib pages`"
-    assert toc.read_bytes() == results.TOC.read_bytes(), again
-    assert everything(pages) == everything(results.PAGES), again
-    for page in written:
-        assert not re.search(r":\w+: None|>None<|\bNone [\w*]", page.read_text())
+# The book's own -----------------------------------------------------------------------------------
+
+
+def test_committed_results_are_complete_and_name_no_machine():
+    chapters = {path.stem for path in CHAPTERS.glob("0[1-6]*.ipynb")}
+    paths = sorted(RESULTS.glob("*/results.json"))
+    assert paths
+    for path in paths:
+        study = path.parent.name
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"/(root|home|work|tmp|Users|private|var)/|[A-Z]:\\", text)
+        kept, pictures = results.load(study), results.figures(study)
+        assert kept["study"] == study
+        assert set(kept["chapters"]) == chapters
+        drawn = set()
+        for name, chapter in kept["chapters"].items():
+            assert chapter["claims"], (study, name)
+            assert {"images", "code", "study"} <= set(chapter["provenance"])
+            drawn |= {f"{name}/{key}" for key, one in chapter["figures"].items() if "width" in one}
+        assert set(pictures) == drawn
+        assert max(map(len, pictures.values())) <= results.LARGEST
+        assert (path.parent / "cka.npz").exists()
+
+
+def test_cells_are_told_apart_by_their_code():
+    """Or a study's output would be shown in the place of another."""
+    for path in PUBLISHED.glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        keys = [results.cell_key(c) for c in cells if c["cell_type"] == "code" and c["outputs"]]
+        assert len(keys) == len(set(keys)), path.name

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 from bs4 import BeautifulSoup
 
-from lib.site import board
+from lib.site import board, results
 
 SITE = Path(__file__).resolve().parents[1] / "_build" / "html"
 PHONE = 390  # CSS pixels
@@ -288,8 +288,7 @@ def test_the_scoreboard_is_sorted_by_what_is_clicked(browser, server):
         "return [...document.querySelectorAll('[data-of] button')].map(found => found.ariaLabel)"
     )
     assert len(named) == len(set(named)) > 0  # columns of the same name belong to other studies
-    studies = {study for study, folder in board.folders().items() if folder.is_dir()}
-    assert {label.rsplit(", ")[-1] for label in named} == studies
+    assert {label.rsplit(", ")[-1] for label in named} == set(board.titles().values())
     button = "document.querySelector('.sortable th[data-column=\"1\"] button')"
     for direction in ("ascending", "descending"):
         # As a keyboard does it: the button has the focus, and Enter is a click.
@@ -348,18 +347,93 @@ def test_the_explorer_reads_its_cells(source, browser, server):
     assert reading.text.startswith(expected)
 
 
+SHOWN = """return {
+    buttons: [...document.querySelectorAll('.study-switch button')]
+        .map(button => [button.value, button.ariaPressed]),
+    images: [...document.querySelectorAll('figure[id] img')].map(image => [image.src, image.alt]),
+    missing: document.querySelectorAll('figure[id] .not-here').length,
+    verdicts: [...document.querySelectorAll('table.claims tr')].map(row => row.textContent),
+    numbers: [...document.querySelectorAll('[data-glue]')].map(number => number.textContent),
+    lab: [...document.querySelectorAll('.of-lab')].map(found => found.textContent),
+}"""
+
+
+@pytest.mark.parametrize("source", ["server", "file"])
+def test_a_chapter_shows_another_study_in_place(source, browser, server, pages):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    site = server if source == "server" else SITE.as_uri()
+    (chapter,) = (name for name in pages if name.startswith("chapters/06-"))
+    browser.get(f"{site}/{chapter}")
+    lab = browser.execute_script(SHOWN)
+    studies = list(board.titles())
+    assert lab["buttons"] == [[study, str(study == "lab").lower()] for study in studies]
+    assert len(lab["images"]) == len(pages[chapter].select("figure[id] img")) == 5
+    assert (lab["missing"], lab["lab"]) == (0, [])
+
+    browser.find_element("css selector", '[value="tiny-imagenet-small"]').click()
+    photos = browser.execute_script(SHOWN)
+    assert dict(photos["buttons"])["tiny-imagenet-small"] == "true"
+    kept = results.load("tiny-imagenet-small")["chapters"]["06-scale"]
+    drawn = {name: one for name, one in kept["figures"].items() if "width" in one}
+    assert [url.split("_static/")[1] for url, _ in photos["images"]] == [
+        f"studies/tiny-imagenet-small/06-scale/{name}.png" for name in drawn
+    ]
+    assert [alt for _, alt in photos["images"]] == [one["alt"] for one in drawn.values()]
+    assert photos["missing"] == 5 - len(drawn) == 2
+    assert len(photos["verdicts"]) == len(lab["verdicts"]) > 5
+    assert photos["verdicts"] != lab["verdicts"]
+    assert len(photos["numbers"]) == len(lab["numbers"]) > 20
+    assert sum(a != b for a, b in zip(photos["numbers"], lab["numbers"], strict=True)) > 10
+    loaded = "return [...document.querySelectorAll('figure[id] img')].every(i => i.naturalWidth)"
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script(loaded))
+    status = browser.find_element("css selector", ".study-switch + p").text
+    assert "the text was written about the lab" in status
+
+    browser.refresh()  # the choice is remembered
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script(SHOWN) == photos)
+    browser.get(f"{site}/{chapter}?study=lab-faint#e16-early")  # an address outweighs it
+    chosen = "return document.querySelector('.study-switch [aria-pressed=true]').value"
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script(chosen) == "lab-faint")
+    browser.execute_script("document.querySelector('.study-switch [value=lab]').click()")
+    assert browser.execute_script(SHOWN) == lab
+    browser.execute_script("localStorage.clear()")
+
+
+def test_the_explorer_loads_a_study_when_it_is_chosen(browser, server):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(f"{server}/explorer.html")
+    loaded = "return [...document.scripts].map(s => s.src).filter(s => s.includes('/explorer/'))"
+    WebDriverWait(browser, 30).until(lambda b: "CKA" in b.page_source)
+    assert [url.rsplit("/")[-1] for url in browser.execute_script(loaded)] == ["lab.js"]
+    reading = browser.find_element("css selector", "[data-part=reading]")
+    before = reading.text
+    browser.execute_script(
+        """const study = document.querySelector('[data-part=study]');
+        study.value = 'lab-masked';
+        study.dispatchEvent(new Event('change'));"""
+    )
+    WebDriverWait(browser, 30).until(lambda _: reading.text != before)
+    assert len(browser.execute_script(loaded)) == 2
+
+
 def test_scripts_are_loaded_where_they_are_needed(pages):
-    ours = {"scoreboard.js": "scoreboard.html", "explorer.js": "explorer.html"}
-    ours["explorer-lab.js"] = "explorer.html"
-    for script, page in ours.items():
+    switched = {f"chapters/{name}.html" for name in results.load("lab-long")["chapters"]}
+    ours = {"scoreboard.js": {"scoreboard.html"}, "explorer.js": {"explorer.html"}}
+    ours |= {"switch.js": switched}
+    ours |= {f"switch/{page[9:-5]}.js": {page} for page in switched}
+    assert len(switched) == 6
+    for script, those in ours.items():
         assert (SITE / "_static" / script).is_file()
-        assert [
+        assert {
             name
             for name, found in pages.items()
             if any(urlsplit(url).path.endswith(f"/{script}") for url in resources(found))
-        ] == [page]
+        } == those
         text = (SITE / "_static" / script).read_text(encoding="utf-8")
-        assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\b", text)
+        if "/" not in script:
+            assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|\bimport\b", text)
 
 
 def test_search_finds_the_first_chapter(browser, server, pages):

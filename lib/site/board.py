@@ -50,22 +50,21 @@ def judged(found: dict) -> dict[str, View]:
 class Book:
     """What the pages need: by study the title, the results and the verdicts; the lab is first.
 
-    lab : folder of the executed chapters of the lab
+    lab : folders of the executed chapters of the lab, see :func:`lib.site.results.executed`
     """
 
-    def __init__(self, lab: Path):
+    def __init__(self, *lab: Path):
         self.titles = titles()
         self.results = {
-            name: results.of_chapters(lab) if name == "lab" else results.load(name)
+            name: results.of_chapters(*lab) if name == "lab" else results.load(name)
             for name in self.titles
         }
         self.views = {name: judged(found) for name, found in self.results.items()}
 
     def kinds(self, study: str) -> dict[str, list[str]]:
         """By kind of verdict the claims of a study."""
-        return _sorted(
-            KINDS, {key: getattr(self.views[study].get(key), "kind", "missing") for key in CLAIMS}
-        )
+        views = self.views[study]
+        return _sorted(KINDS, {key: getattr(views.get(key), "kind", "missing") for key in CLAIMS})
 
     def compared(self, study: str) -> dict[str, list[str]]:
         """By what the lab and another study make of them together, the claims of both."""
@@ -78,12 +77,12 @@ class Book:
         return [*filter(names.__contains__, self.titles), *(set(names) - {*self.titles})]
 
     def render(self, template: str, **more) -> str:
-        """A template of ``lib/site/templates`` as HTML; no empty lines, where Markdown would end it."""
+        """A template of ``lib/site/templates``; no empty lines, at which Markdown would end it."""
         html = _templates().get_template(f"{template}.html").render(book=self, **more)
         return re.sub(r"\n\s*\n", "\n", html.strip())
 
 
-def _sorted(kinds: dict, by_key: dict) -> dict[str, list[str]]:
+def _sorted(kinds: tuple, by_key: dict) -> dict[str, list[str]]:
     found = {kind: [key for key in by_key if by_key[key] == kind] for kind in kinds}
     return {kind: keys for kind, keys in found.items() if keys}
 
@@ -96,7 +95,5 @@ def _templates() -> jinja2.Environment:
     )  # fmt: skip
     environment.filters["anchor"] = lambda text: re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     environment.filters["html"] = Markup  # of the book's own making
-    environment.globals |= {
-        "CLAIMS": CLAIMS, "COLUMNS": COLUMNS, "KINDS": KINDS, "TOGETHER": TOGETHER,
-    }  # fmt: skip
+    environment.globals |= {"CLAIMS": CLAIMS, "COLUMNS": COLUMNS, "KINDS": KINDS}
     return environment

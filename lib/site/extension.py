@@ -8,6 +8,7 @@
   tables and numbers of another study in place, and the explorer the CKA maps.
 """
 
+import html
 import json
 import os
 import re
@@ -25,16 +26,15 @@ MISSING = '<p class="not-here">Not measured in this study.</p>'
 
 
 def setup(app) -> dict:
-    chapters = ROOT / os.environ.get("VIT_SEE_CHAPTERS", PUBLISHED)
-    pages = Pages(Book(chapters), chapters)
+    pages = Pages(PUBLISHED, ROOT / os.environ.get("VIT_SEE_CHAPTERS", PUBLISHED))
 
     class Results(Directive):
         required_arguments, optional_arguments = 1, 1
 
         def run(self):
             template, *study = self.arguments
-            html = pages.book.render(template, **({"study": study[0]} if study else {}))
-            return [nodes.raw("", html, format="html")]
+            shown = pages.book.render(template, study=study[0] if study else None)
+            return [nodes.raw("", shown, format="html")]
 
     def verdict(name, rawtext, key, lineno, inliner, options=None, content=None):
         return [nodes.raw("", pages.book.views["lab"][key].badge, format="html")], []
@@ -50,20 +50,20 @@ def setup(app) -> dict:
 class Pages:
     """The chapters as the site shows them, and what their switches need.
 
-    book     : results of all studies
-    chapters : folder of the lab's executed chapters
+    folders : where the executed chapters of the lab are, the last run last
     """
 
-    def __init__(self, book: Book, chapters: Path):
-        self.book, self.chapters = book, chapters
+    def __init__(self, *folders: Path):
+        self.book, self.run = Book(*folders), folders[-1]
+        self.chapters = results.executed(*folders)
         self.switches: dict[str, list[dict]] = {}  # by chapter, an entry for every study
 
     def read(self, app, docname: str, content: list[str]) -> None:
         """Before a chapter is parsed: show the run, with verdicts and places for the switch."""
         name = docname.removeprefix("chapters/")
-        if name not in self.book.results["lab"]["chapters"]:
+        if name not in self.chapters:
             return
-        notebook = json.loads((self.chapters / f"{name}.ipynb").read_text(encoding="utf-8"))
+        notebook = json.loads(self.chapters[name].read_text(encoding="utf-8"))
         keys = self.prepare(name, notebook)
         content[0] = json.dumps(notebook, ensure_ascii=False)
         others = [study for study in self.book.titles if self._has(study, name)]
@@ -102,20 +102,20 @@ class Pages:
         if study == "lab":
             return {"name": study, "title": self.book.titles[study], "note": "", "html": {}}
         lab, own = (self.book.results[one]["chapters"][name] for one in ("lab", study))
-        html = {}
+        places = {}
         for figure in lab["figures"]:
-            html[f"figure:{figure}"] = _picture(study, name, figure, own["figures"].get(figure))
+            places[f"figure:{figure}"] = _picture(study, name, figure, own["figures"].get(figure))
         for key, claims in cells.items():
             table = self._claims(study, claims) if claims else own["outputs"].get(key)
             if table:
-                html[f"cell:{key}"] = _output(table)
-        html[f"cell:{list(cells)[-1]}"] = _output(_rows(own["provenance"]))
+                places[f"cell:{key}"] = _output(table)
+        places[f"cell:{list(cells)[-1]}"] = _output(_rows(own["provenance"]))
         for key, form in pasted:
             if key in own["glued"]:
-                html[f"glue:{key}:{form or ''}"] = _number(key, form, own["glued"])
+                places[f"glue:{key}:{form or ''}"] = _number(key, form, own["glued"])
         note = f"Measured by the {own['edition']} of this book"
         note += "." if own["code"] == lab["code"] else ", whose code for this chapter was another."
-        return {"name": study, "title": self.book.titles[study], "note": note, "html": html}
+        return {"name": study, "title": self.book.titles[study], "note": note, "html": places}
 
     def load(self, app, page: str, template, context, doctree) -> None:
         """Let a chapter's page load its switch, and no other page."""
@@ -136,12 +136,11 @@ class Pages:
                 _put(static / "studies" / study / f"{figure}.png", png)
         for study in self.book.maps():
             maps = RESULTS / study / "cka.npz"
-            if study == "lab" and (run := self.chapters / "cka.npz").exists():
+            if study == "lab" and (run := self.run / "cka.npz").exists():
                 maps = run
             _put(static / "explorer" / f"{study}.js", explorer.script(maps).encode())
-        if self.chapters != PUBLISHED:
-            for path in self.chapters.glob("*.ipynb"):
-                shutil.copy(path, Path(app.outdir) / "_sources" / "chapters")
+        for path in self.chapters.values():  # for readers who download a chapter
+            shutil.copy(path, Path(app.outdir) / "_sources" / "chapters")
 
     def _has(self, study: str, name: str) -> bool:
         return name in self.book.results[study]["chapters"]
@@ -160,13 +159,12 @@ def _number(key: str, form: str | None, glued: dict) -> str:
 def _picture(study: str, chapter: str, name: str, figure: dict | None) -> str:
     if not figure or "width" not in figure:
         return MISSING
-    alt = figure["alt"].replace("&", "&amp;").replace('"', "&quot;")
-    where = f"../_static/studies/{study}/{chapter}/{name}.png"
+    where, alt = f"../_static/studies/{study}/{chapter}/{name}.png", html.escape(figure["alt"])
     return f'<img src="{where}" alt="{alt}" style="width: {figure["width"]}px">'
 
 
-def _output(html: str) -> str:
-    output = f'<div class="output text_html">{html}</div>'
+def _output(shown: str) -> str:
+    output = f'<div class="output text_html">{shown}</div>'
     return f'<div class="cell_output docutils container">{output}</div>'
 
 

@@ -15,6 +15,7 @@ import io
 import json
 import re
 import zipfile
+from datetime import date
 from pathlib import Path
 
 from lib.site import RESULTS
@@ -183,6 +184,8 @@ def save(study: str, notebooks: dict[str, dict], cards: dict[str, dict] | None =
     found, pictures = load(study), figures(study)
     for name, notebook in notebooks.items():
         found["chapters"][name], drawn = of_chapter(notebook, study)
+        # The lab's chapters are run every day and have no date, which would change their bytes.
+        found["chapters"][name]["provenance"].setdefault("date", date.today().isoformat())
         pictures = {key: png for key, png in pictures.items() if not key.startswith(f"{name}/")}
         pictures |= {f"{name}/{key}": small(png) for key, png in drawn.items()}
     found["cards"] |= cards or {}
@@ -196,9 +199,14 @@ def save(study: str, notebooks: dict[str, dict], cards: dict[str, dict] | None =
     return folder
 
 
-def of_chapters(folder: Path, study: str = "lab") -> dict:
-    """As :func:`load`, of the executed chapters in a folder."""
-    paths = sorted(Path(folder).glob("*.ipynb"))
-    notebooks = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    chapters = {name: of_chapter(notebook, study)[0] for name, notebook in notebooks.items()}
-    return {"study": study, "chapters": chapters, "cards": {}}
+def executed(*folders: Path) -> dict[str, Path]:
+    """The executed chapters in some folders by name; a later folder outweighs an earlier one."""
+    paths = [path for folder in folders for path in sorted(Path(folder).glob("*.ipynb"))]
+    return {path.stem: path for path in paths}
+
+
+def of_chapters(*folders: Path) -> dict:
+    """As :func:`load`, of the lab, whose executed chapters are in some folders."""
+    notebooks = {name: json.loads(path.read_text()) for name, path in executed(*folders).items()}
+    chapters = {name: of_chapter(notebook, "lab")[0] for name, notebook in notebooks.items()}
+    return {"study": "lab", "chapters": chapters, "cards": {}}

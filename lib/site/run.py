@@ -68,27 +68,15 @@ def execute(
     source: str | Path = CHAPTERS,
     jobs: int = 1,
 ) -> list[Path]:
-    """Run chapters with papermill and write the executed notebooks.
+    """Run chapters with papermill; the executed notebooks, in the order of the book.
 
     Parameters
     ----------
-    names : str or iterable of str, optional
-        Chapters to run, by name (``"01-measuring-similarity"``), number (``"01"``) or path;
-        all of them by default.
-    parameters : mapping, optional
-        New values for names in the chapters' ``parameters`` cells, each of the type it has there.
-        Every chapter that is run must know every name.
-    out : path
-        Folder for the executed notebooks; by default that of the last run of the lab.
-    source : path
-        Folder of the source notebooks.
-    jobs : int
-        Chapters that run at the same time. With more than one, each has a single thread.
-
-    Returns
-    -------
-    list of Path
-        The executed notebooks, in the order of the book.
+    names : chapters by name (``"01-measuring-similarity"``), number (``"01"``) or path, or all
+    parameters : new values for names in the ``parameters`` cell of every chapter that is run
+    out : folder for the executed notebooks, by default that of the last run of the lab
+    source : folder of the source notebooks
+    jobs : chapters that run at the same time; if more than one, each with a single thread
 
     Raises
     ------

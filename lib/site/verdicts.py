@@ -22,27 +22,11 @@ from lib.findings.claims import (
 )
 
 COLUMNS = ("measured [95 %]", "other seed", "untrained")
-# Kinds of verdicts in the order in which the pages sort them: how many claims (one, several), and
-# what is said of them.
-KINDS = {
-    "learned": ("claim holds", "claims hold", "and cannot be seen in untrained networks"),
-    "holds": ("holds", "hold", "in comparisons that have no untrained counterpart"),
-    "before": ("holds", "hold", "but already in untrained networks, so nothing has to be learned"),
-    "seeds": ("does", "do", "not repeat from one seed to the other"),
-    "open": ("remains", "remain", "undecided"),
-    "against": ("comes", "come", "out against the sentence, in every seed there is"),
-    "unmeasurable": ("could", "could", "not be measured"),
-    "missing": ("has", "have", "not been measured"),
-}
+# Kinds of verdicts, in the order in which the pages sort them (words: templates/counts.html).
+KINDS = ("learned", "holds", "before", "seeds", "open", "against", "unmeasurable", "missing")
 HOLDS = {"learned", "holds", "before"}
-# Likewise, for the verdicts of several studies on one claim.
-TOGETHER = {
-    "before": ("holds", "hold", "in both already before training"),
-    "holds": ("holds", "hold", "in both, and in one at least not before training"),
-    "against": ("comes", "come", "out against the sentence in both"),
-    "differs": ("holds", "hold", "in one and not in the other, which is against the sentence"),
-    "open": ("is", "are", "not decided in one of them at least"),
-}
+# Likewise, for the verdicts of two studies on one claim.
+TOGETHER = ("before", "holds", "against", "differs", "open")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +41,14 @@ class View:
 
     @property
     def rank(self) -> int:
-        return list(KINDS).index(self.kind)
+        return KINDS.index(self.kind)
 
 
 def view(evidence: dict, chapter: str) -> View:
     """The verdict that follows from the evidence a chapter has for a claim."""
     claim = CLAIMS[evidence["claim"]]
-    first, second, floor = (
-        Estimate(*(math.nan if part is None else part for part in numbers)) if numbers else None
-        for numbers in [*(evidence["replicates"] + [None, None])[:2], *evidence["baselines"], None][
-            :3
-        ]
-    )
+    first, second = [*map(_estimate, evidence["replicates"]), None, None][:2]
+    floor = next(map(_estimate, evidence["baselines"]), None)
     judgement = decide(claim, first, second, floor) if first else unmeasurable(claim, "")
     verdict, why = judgement.verdict, judgement.why
     if evidence["why"]:
@@ -82,6 +62,10 @@ def view(evidence: dict, chapter: str) -> View:
     )
 
 
+def _estimate(numbers: list) -> Estimate:
+    return Estimate(*(math.nan if number is None else number for number in numbers))
+
+
 def _kind(verdict: str, why: str, floor: Estimate | None) -> str:
     if verdict == SUPPORTED and why != ALREADY_TRUE:
         return "learned" if floor and math.isfinite(floor.value) else "holds"
@@ -91,7 +75,7 @@ def _kind(verdict: str, why: str, floor: Estimate | None) -> str:
 
 
 def together(*views: View | None) -> str | None:
-    """Which of :data:`TOGETHER` a claim is, by those that measured it; None if fewer than two did."""
+    """Which of :data:`TOGETHER` a claim is, by the studies that measured it, at least two."""
     kinds = [each.kind for each in views if each and each.kind != "unmeasurable"]
     if len(kinds) < 2:
         return None
