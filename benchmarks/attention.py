@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import shared
 from benchmarks.shared import cost
-from lib.measurements.attention import AttentionDistance, attention_taps
+from lib.measurements.attention import AttentionDistance, attention_taps, heads_of
 from lib.studies.images import Images
 from lib.taps import tapping, unfused_attention
 
@@ -45,7 +45,7 @@ def main():
                 "ratio": round(statistics.median(ratios["fused"]), 3),
                 "ratio_to_unfused": round(statistics.median(ratios["unfused"]), 3),
                 "extra_mib": round(statistics.median(extras)),
-                "mean_relative_distance": round(float(record["relative"].mean()), 4),
+                "mean_relative_distance": round(float(heads_of(record)["relative"].mean()), 4),
             }
         )
         print(rows[-1], flush=True)
@@ -71,14 +71,14 @@ def measured(model, x, batches):
     pixels = torch.zeros(1, 3, *x.shape[2:], dtype=torch.uint8).expand(n, -1, -1, -1)
     images = Images(pixels, torch.zeros(n, dtype=torch.long), torch.zeros(n, 4))
     for _ in range(batches):
-        reduced = {"images": images}
+        reduced = {}
 
         def receive(name, value, reduced=reduced):
-            reduced[name] = metric.reduce(value)
+            reduced[name] = metric.reduce(value, prefix=1)
 
         with torch.no_grad(), tapping(model, attention_taps, receive):
             model(x)
-        metric.update(reduced=reduced)
+        metric.update(reduced, images)
     return metric.compute()
 
 

@@ -1,6 +1,6 @@
 """What all of the book's measurements together cost over the plain forward passes.
 
-The lab's four networks, or four of usual size, float32 on the CPU. All measurements ride on one
+The lab's four networks, or four of usual size, float32 on the CPU. All measurements share one
 pass, with the settings of the chapter that asks for most of each. The plain passes of the same
 networks over the same images are timed in turn with it, in this process: CPU time, so that other
 work on the machine hardly matters. Receptive fields take gradients, of a few images, and are timed
@@ -25,13 +25,14 @@ from benchmarks import shared
 from benchmarks.shared import cost
 from lib.cka import MinibatchCKA
 from lib.measure import measure
-from lib.measurements.attention import AttentionDistance, HeadCKA, attention_taps
+from lib.measurements.attention import AttentionDistance, attention_taps
+from lib.measurements.heads import HeadCKA, head_taps
 from lib.measurements.localisation import Localisation
-from lib.measurements.norm_ratio import NormRatio
+from lib.measurements.norm_ratio import NormRatio, branch_taps
 from lib.measurements.probes import Probes
 from lib.measurements.receptive_field import measure_receptive_fields
-from lib.studies import Lab
 from lib.studies.images import Images
+from lib.studies.lab import Lab
 from lib.taps import tap_names
 
 ROLES = ("vit", "vit_gap", "resnet", "mixer")
@@ -71,7 +72,7 @@ def main():
         memory.append({"images": n, "extra_mib": max(0, round((peak - least) / 2**20))})
         print(memory[-1], flush=True)
 
-    images, channels = 32, 2
+    images, channels = 64, 2
     seconds, _, _ = cost(fields, study, images, channels)
     shared.result(
         study.what,
@@ -103,6 +104,7 @@ class Drawn(Lab):
     grid = 8
 
     def __init__(self, n: int):
+        super().__init__()
         self.drawn = super().images(n)
         self.networks = {role: super(Drawn, self).model(role) for role in ROLES}
 
@@ -141,22 +143,14 @@ class Large:
 
 
 def measurements(study) -> dict:
-    """All measurements that ride on the chapters' forward passes, by name."""
-    vit = study.model("vit")
-    heads, patch = vit.blocks[0].attn.num_heads, vit.patch_embed.patch_size[0]
-    contexts = {
-        "vit": ["blocks.0.attn.norm:input"],
-        "resnet": ["stages.0.blocks.*", "stages.1.blocks.0", "stages.1.blocks.1"],
-    }
-    norms = NormRatio()
-    norms.taps = dict.fromkeys(("vit", "resnet"), norms.taps)
+    """All measurements of the chapters, by name."""
     blocks = {role: tap_names(study.model(role), "blocks")[::-1] for role in PLACES}
     probed = {role: names[:: -(-len(names) // 8)] for role, names in blocks.items()}
     return {
         "CKA of all layers": MinibatchCKA(),
         "attention distance": AttentionDistance(dict.fromkeys(("vit", "vit_gap"), attention_taps)),
-        "CKA of heads": HeadCKA(contexts, heads, patch),
-        "norm ratio": norms,
+        "CKA of heads": HeadCKA(dict.fromkeys(("vit", "resnet"), head_taps)),
+        "norm ratio": NormRatio(dict.fromkeys(("vit", "resnet"), branch_taps)),
         "localisation": Localisation(dict.fromkeys(PLACES, "blocks"), grid=study.grid),
         PROBES: Probes(probed, grid=study.grid, shots=10),
     }
@@ -173,7 +167,7 @@ def plain(study, n, batch):
 
 
 def measured(study, chosen, n, batch) -> dict[str, float]:
-    """CPU seconds by measurement, and of the passes they ride on, with taps."""
+    """CPU seconds by measurement, and of the passes that they share, with taps."""
     clock = dict.fromkeys(chosen, 0.0)
     for name, measurement in chosen.items():
         time_it(clock, name, measurement)
@@ -212,12 +206,9 @@ def time_it(clock, name, measurement) -> None:
 
         return timed
 
-    if hasattr(measurement, "reducer"):
-        make = measurement.reducer
-        measurement.reducer = lambda model: watched(make(model))
-    for what in ("reduce", "reduce_images", "update"):
-        if hasattr(measurement, what):
-            setattr(measurement, what, watched(getattr(measurement, what)))
+    make = watched(measurement.reducer)  # which looks for the places of tokens
+    measurement.reducer = lambda *args: watched(make(*args))
+    measurement.update = watched(measurement.update)
     compute = watched(measurement.compute)
     measurement.compute = lambda: (compute(), xr.Dataset())[1]
 

@@ -115,7 +115,7 @@ def this_book(models, names, images):
 
         with torch.no_grad(), tapping(model, names[role], receive):
             model(images)
-    metric.update(reduced=kept)
+    metric.update(kept)
     return labelled(
         metric.compute()["cka"].sel(
             tap=[f"vit/{name}" for name in names["vit"]],

@@ -15,7 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import shared
-from lib.studies import Public, hub, load_study, study_names
+from lib.studies import STUDIES, hub, load_study
+from lib.studies.public import Public
 from lib.taps import tapping
 
 TAPS = ("blocks", "all")
@@ -47,7 +48,7 @@ def parse():
 
 def models() -> list[str]:
     """The checkpoints of the public studies, as timm names them: one of each architecture."""
-    studies = [study for study in map(load_study, study_names()) if isinstance(study, Public)]
+    studies = [study for study in map(load_study, STUDIES) if isinstance(study, Public)]
     known = sorted((role.model for study in studies for role in study.roles.values()), reverse=True)
     return sorted({model.partition(".")[0]: model for model in known}.values())
 

@@ -6,14 +6,14 @@ the hook, so a layer costs n x n numbers however wide it is. The estimator is th
 """
 
 import warnings
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 import xarray as xr
-from scipy import stats
 from torch import Tensor
-from torchmetrics import Metric
+
+from lib.intervals import jackknife
+from lib.measure import Measurement
 
 ESTIMATORS = ("unbiased", "biased")
 COLUMNS = {True: 2**13, False: 2**20}  # of activations taken at a time, on a CPU and on a GPU
@@ -101,98 +101,49 @@ def _home_of_float64(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-class MinibatchCKA(Metric):
-    """CKA between all taps of all models, from minibatches of the same images.
+class MinibatchCKA(Measurement):
+    """CKA between all taps of all networks, from minibatches of the same images.
 
     Parameters
     ----------
-    taps : str or list of str
-        What :func:`lib.measure.measure` taps in every model; see :func:`lib.taps.tap_names`.
+    taps
+        See :class:`lib.measure.Measurement`.
     estimator : {"unbiased", "biased"}
         The biased one is here to show what it does.
-    groups : int
-        Minibatches are dealt to this many groups, whose HSICs are kept apart: resampling them
-        gives intervals without ever repeating an image within a Gram matrix.
 
-    Minibatches are weighed by their number of images. Smaller than 4, they cannot be used: they
-    are left out with a warning, and it is an error when nothing else is left.
+    Minibatches are weighed by their images. The published rule sums them plainly; of unequal ones
+    the weighted sum is the better estimator (root mean square error .016 against .024 for eight of
+    64 images and one of 8). Smaller than 4, they cannot be used.
 
     Examples
     --------
     >>> metric = MinibatchCKA()
     >>> for images in loader:                                        # doctest: +SKIP
-    ...     metric.update({"a": layer_a(images), "b": layer_b(images)})
+    ...     metric.update({name: metric.reduce(layer(images)) for name, layer in layers.items()})
     >>> metric.compute()["cka"].sel(tap="a", other="b")              # doctest: +SKIP
     """
 
-    full_state_update = True  # forward() would deal every minibatch to the first group
-    is_differentiable = False
+    smallest = SMALLEST_BATCH
 
-    def __init__(self, taps="all", estimator: str = "unbiased", groups: int = 20):
-        super().__init__()
+    def __init__(self, taps="all", estimator: str = "unbiased"):
+        super().__init__(taps)
         _check(estimator)
-        if groups < 2:
-            raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
-        self.taps = taps
         self.estimator = estimator
-        self.groups = groups
-        self.names: list[str] = []
-        self.skipped = 0
-        self.add_state("seen", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
-
-    @property
-    def settings(self) -> dict:
-        """What a record of this measurement depends on."""
-        return {"taps": self.taps, "estimator": self.estimator, "groups": self.groups}
-
-    def reset(self) -> None:
-        """Forget all minibatches, and which taps they had."""
-        super().reset()
-        self.names, self.skipped = [], 0
 
     def reduce(self, value: Tensor) -> Tensor:
         """What a hook keeps of an activation: its centred Gram matrix."""
         return centred_gram(value, self.estimator)
 
-    def update(
-        self,
-        activations: Mapping[str, Tensor] | None = None,
-        *,
-        reduced: Mapping[str, Tensor] | None = None,
-        batch: int | None = None,
-    ) -> None:
-        """Add one minibatch: activations (n, ...) by name, or what :meth:`reduce` made of them.
+    def make_room(self, reduced, images) -> None:
+        self.room(reduced, hsic=(self.groups, len(reduced), len(reduced)))
 
-        ``batch`` is the minibatch's number, which decides its group; by default they are counted.
-        """
-        if (activations is None) == (reduced is None):
-            raise ValueError("give update() activations or what reduce() made of them, not both")
-        if reduced is None:
-            reduced = {name: self.reduce(torch.as_tensor(x)) for name, x in activations.items()}
-        sizes = {name: len(gram) for name, gram in reduced.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"all taps must see the same images; got batches of {sizes}")
-        n = next(iter(sizes.values()))
-        if not self.names:
-            self.names = list(reduced)
-            home = next(iter(reduced.values())).device
-            shape = (self.groups, len(self.names), len(self.names))
-            empty = torch.zeros(shape, dtype=torch.float64, device=home)
-            self.add_state("hsic", empty, dist_reduce_fx="sum")
-        if set(reduced) != set(self.names):
-            odd = sorted(set(reduced) ^ set(self.names))
-            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
-        if n < SMALLEST_BATCH:
-            warnings.warn(_too_small(n) + "; it is left out", stacklevel=2)
-            self.skipped += 1
-            return
+    def add(self, group: int, reduced, images) -> None:
+        n = len(reduced[self.names[0]])
         flat = torch.stack([reduced[name].flatten() for name in self.names])
         hsic = flat @ flat.T / (n * (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2)
-        group = int(self.seen.argmin()) if batch is None else batch % self.groups
         self.hsic[group] += n * hsic
-        self.seen[group] += n
 
-    def compute(self) -> xr.Dataset:
+    def results(self) -> xr.Dataset:
         """The estimate and what its interval is made of.
 
         Returns
@@ -201,28 +152,20 @@ class MinibatchCKA(Metric):
             ``cka``, ``low``, ``high`` (tap, other): estimate and 95 % interval (jackknife over
             groups of minibatches); ``hsic`` (group, tap, other): the groups' summed HSICs.
         """
-        if not self.seen.any():
-            why = "all were smaller than 4 images" if self.skipped else "none was added"
-            raise ValueError(f"CKA needs at least one minibatch, and {why}")
-        hsic = self.hsic[self.seen > 0].cpu().numpy()
-        estimate = alignment(hsic.sum(0))
-        if undefined := [
-            name
-            for name, value in zip(self.names, np.diag(estimate), strict=True)
-            if np.isnan(value)
-        ]:
-            warnings.warn(
-                f"CKA is undefined for {', '.join(undefined)}: constant over the images, or too "
-                "few images to tell it from constant",
-                stacklevel=2,
-            )
-        margin = jackknife_margin(hsic, alignment)
+        hsic = self.hsic.cpu().numpy()
+        found = jackknife(hsic, alignment)
+        own = zip(self.names, np.diag(found.value), strict=True)
+        if undefined := [name for name, value in own if np.isnan(value)]:
+            why = "constant over the images, or too few images to tell it from constant"
+            if np.isnan(hsic).any():
+                why = "numbers that are not finite, from the network's weights or its input"
+            warnings.warn(f"CKA is undefined for {', '.join(undefined)}: {why}", stacklevel=2)
         square = ("tap", "other")
         return xr.Dataset(
             {
-                "cka": (square, estimate),
-                "low": (square, estimate - margin),
-                "high": (square, estimate + margin),
+                "cka": (square, found.value),
+                "low": (square, found.low),
+                "high": (square, found.high),
                 "hsic": (("group", *square), hsic),
             },
             coords={"tap": self.names, "other": self.names},
@@ -234,19 +177,6 @@ def alignment(hsic: np.ndarray) -> np.ndarray:
     own = np.diagonal(hsic, axis1=-2, axis2=-1)
     own = np.sqrt(np.where(own > 0, own, np.nan))
     return hsic / (own[..., :, None] * own[..., None, :])
-
-
-def jackknife_margin(groups: np.ndarray, statistic, confidence: float = 0.95) -> np.ndarray:
-    """Half-width of the interval of ``statistic(sum of groups)``, by leaving out one group each.
-
-    ``groups`` (g, ...) holds sums over disjoint sets of images. NaN with fewer than two groups.
-    """
-    g, total = len(groups), groups.sum(0)
-    if g < 2:
-        return np.full_like(statistic(total), np.nan)
-    left_out = [statistic(total - group) for group in groups]
-    spread = np.var(left_out, axis=0) * (g - 1)
-    return stats.t.ppf(0.5 + confidence / 2, g - 1) * np.sqrt(spread)
 
 
 def _check(estimator):

@@ -1,24 +1,142 @@
 """One forward pass per network and minibatch, serving every measurement at once."""
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import xarray as xr
+from torch import Tensor, nn
+from torchmetrics import Metric
 from tqdm import tqdm
 
 from lib import processes, records
-from lib.taps import tap_names, tapping
+from lib.taps import TapError, tap_names, tapping
+
+
+class Measurement(Metric):
+    """What is kept of some taps: sums over minibatches, in groups that give intervals.
+
+    A kind of it says what a hook keeps of a tensor (:meth:`reduce`, or :meth:`reducer` where that
+    depends on the network), which states there are (:meth:`make_room`), how a minibatch adds to
+    them (:meth:`add`), and what they come to (:meth:`results`). It keeps its constructor's
+    arguments under their own names. Its dimensions, beside ``tap``, ``other`` and ``group``, have
+    names that no other measurement uses, so that any set of measurements shares one pass.
+
+    Parameters
+    ----------
+    taps : str, list of str, function of the network, or dict of these by role
+        See :func:`lib.taps.tap_names`. Roles that a dictionary lacks are not measured.
+    """
+
+    full_state_update = True
+    is_differentiable = False
+    groups = 20  # minibatches are dealt to so many; see measure()
+    smallest = 1  # images of a minibatch that can be used
+    needs: tuple[str, ...] = ()  # of the images, beside their pixels: "labels", "boxes"
+
+    def __init__(self, taps="all"):
+        super().__init__()
+        self.taps = taps
+        self.names: list[str] = []
+        self.add_state("batches", torch.tensor(0), dist_reduce_fx="sum")
+
+    @property
+    def settings(self) -> dict:
+        """The constructor's arguments, on which a record depends."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def reset(self) -> None:
+        """Forget all minibatches, and which taps they had."""
+        super().reset()
+        self.names = []
+
+    def reduce(self, value: Tensor):
+        """What a hook keeps of a tap's value."""
+        raise NotImplementedError
+
+    def reducer(self, model: nn.Module, names: Sequence[str], x: Tensor) -> Callable:
+        """How the hooks of a network reduce its taps: a function of a tap's name and value.
+
+        ``x`` (1, ...) is an example of the network's input. What is None is not kept.
+        """
+        return lambda name, value: self.reduce(value)
+
+    def make_room(self, reduced: Mapping, images) -> None:
+        """Add the states, once the first minibatch shows their shapes."""
+
+    def add(self, group: int, reduced: Mapping, images) -> None:
+        """Add a minibatch to the states of a group."""
+        raise NotImplementedError
+
+    def results(self) -> xr.Dataset:
+        """What the states come to."""
+        raise NotImplementedError
+
+    def room(self, reduced: Mapping, **shapes: tuple[int, ...]) -> None:
+        """Add states of zeros, in float64, where the reduced values are (but Apple's GPUs)."""
+        device = next(iter(reduced.values())).device
+        device = "cpu" if device.type == "mps" else device
+        for name, shape in shapes.items():
+            empty = torch.zeros(shape, dtype=torch.float64, device=device)
+            self.add_state(name, empty, dist_reduce_fx="sum")
+
+    def size(self, kept) -> int:
+        """How many images are in what a hook kept."""
+        return len(kept)
+
+    def update(self, reduced: Mapping, images=None, batch: int | None = None) -> None:
+        """Add one minibatch.
+
+        Parameters
+        ----------
+        reduced : mapping
+            By tap, what the hooks kept.
+        images : lib.studies.images.Images, optional
+            The minibatch, for measurements that need it.
+        batch : int, optional
+            Its number, which decides its group; by default they are counted.
+        """
+        sizes = {name: self.size(kept) for name, kept in reduced.items()}
+        n = next(iter(sizes.values())) if images is None else len(images)
+        if set(sizes.values()) != {n}:
+            raise ValueError(f"all taps must see the same {n} images; got {sizes}")
+        if not self.names:
+            self.names = list(reduced)
+            self.make_room(reduced, images)
+        if odd := sorted(set(reduced) ^ set(self.names)):
+            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
+        if n < self.smallest:
+            warnings.warn(
+                f"a minibatch of {n} images is too small for {type(self).__name__}, which needs "
+                f"{self.smallest} or more; it is left out",
+                stacklevel=2,
+            )
+            return
+        self.add((int(self.batches) if batch is None else batch) % self.groups, reduced, images)
+        self.batches += 1
+
+    def compute(self) -> xr.Dataset:
+        """The results, as :meth:`results` describes them."""
+        if not self.batches:
+            raise ValueError(
+                f"{type(self).__name__} needs at least one minibatch of {self.smallest} images or "
+                "more, and none was added"
+            )
+        return self.results()
 
 
 def measure(
     study,
     roles: Sequence[str],
-    measurements: Sequence,
+    measurements: Sequence[Measurement],
     n_images: int = 1024,
     batch_size: int = 128,
     seed: int = 0,
     device="cpu",
+    groups: int = 20,
 ) -> xr.Dataset:
     """Run the networks of some roles over a study's images and measure them.
 
@@ -28,21 +146,17 @@ def measure(
         From :func:`lib.studies.load_study`, or anything with its methods.
     roles : sequence of str
         Which networks; all see the same images in the same order.
-    measurements : sequence of measurement
-        Metrics with ``taps``, ``reduce(value)`` and ``update(reduced=..., batch=...)``, such as
-        :class:`lib.cka.MinibatchCKA`. What their hooks keep lives as long as one minibatch. If a
-        measurement also needs the images, its ``reduce_images(images)`` is given the minibatch of
-        them, and what that returns is ``reduced["images"]``. If it has to
-        see several taps together, it has ``reducer(model)`` in the place of ``reduce``: asked once
-        for every forward pass, that returns a function of a tap's name and value, whose result is
-        kept unless it is None. ``taps`` may be a dictionary by role: roles that are not in it are
-        none of that measurement's.
+    measurements : sequence of Measurement
+        Any set of them. What their hooks keep lives as long as one minibatch.
     n_images, batch_size : int
         A last minibatch may be smaller.
     seed : int
         Another seed measures on other images.
     device : torch device
         Networks are measured in float32 wherever they run.
+    groups : int
+        Minibatches are dealt to this many groups. Leaving out one after another gives intervals
+        without ever repeating an image within a Gram matrix.
 
     Returns
     -------
@@ -54,100 +168,106 @@ def measure(
     Under ``torchrun`` minibatches are dealt to the processes and the measurements' states added up;
     every process returns the record.
     """
-    roles = list(dict.fromkeys(roles))
     if n_images < 1 or batch_size < 1:
         raise ValueError(f"cannot measure {n_images} images in batches of {batch_size}")
+    if groups < 2:
+        raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
     images = study.images(n_images, seed)
     networks = {role: study.model(role) for role in roles}
-    inputs = records.inputs(study, networks, images)
+    x = {role: study.to_input(images.pixels[:1], role) for role in networks}
     facts = {
         "study": study.name,
-        "images": inputs["images"],
+        "images": records.tensor_hash(images.pixels),
         "n_images": len(images),
         "batch_size": batch_size,
         "seed": seed,
-        "weights": inputs["weights"],
-        "measurements": [_describe(measurement) for measurement in measurements],
+        "weights": {role: records.weights_hash(model) for role, model in networks.items()},
+        "measurements": [f"{type(one).__name__}({one.settings})" for one in measurements],
     }
-    if hasattr(study, "facts"):
-        facts |= study.facts(roles)
-    return processes.together(
-        functools.partial(records.cached, facts | inputs | {"roles": roles}),
-        lambda: _measure(study, networks, measurements, images, batch_size, device, facts),
+    for one in measurements:
+        one.groups = groups
+    # Everything that a number depends on. Asking for labels that there are not is an error.
+    needs = {need: getattr(images, need) for one in measurements for need in one.needs}
+    data = facts["images"], needs, batch_size, groups, torch.device(device).type
+    compute = functools.partial(
+        _measure, study, networks, measurements, images, batch_size, device, x
     )
-
-
-def _measure(study, networks, measurements, images, batch_size, device, facts):
-    share = processes.share(len(images) // batch_size)
-    if share.idle:
-        return None
-    for model in networks.values():
-        model.to(device)
-    for measurement in measurements:
-        measurement.reset()
-        measurement.process_group = share.group
-    wanted = {
-        role: [_tap_names(model, measurement.taps, role) for measurement in measurements]
-        for role, model in networks.items()
-    }
-    fired: dict[str, None] = {}  # an ordered set
-    mine = sum(batch in share for batch in range(-(-len(images) // batch_size)))
-    look = {"total": mine * len(networks), "unit": "pass", "leave": False}
-    look |= {"disable": True} if share.place else {}  # one bar is enough
-    with torch.no_grad(), tqdm(**look) as progress:
-        for batch, pixels in enumerate(images.batches(batch_size)):
-            if batch not in share:
-                continue
-            pixels = pixels.to(device)
-            here = slice(batch * batch_size, batch * batch_size + len(pixels))
-            reduced = [_reduce_images(measurement, images, here) for measurement in measurements]
-            for role, model in networks.items():
-                progress.set_description(role)
-                reducers = [_reducer(measurement, model) for measurement in measurements]
-                receive = functools.partial(_reduce, reducers, wanted[role], reduced, fired, role)
-                every = dict.fromkeys(name for names in wanted[role] for name in names)
-                with tapping(model, list(every), receive):
-                    model(study.to_input(pixels, role))
-                progress.update()
-            for measurement, kept in zip(measurements, reduced, strict=True):
-                measurement.update(reduced=kept, batch=batch)
-
-    record = xr.merge([measurement.compute() for measurement in measurements], join="outer")
-    if "tap" in record.coords:
-        for axis in {"tap", "other"} & set(record.dims):
-            known = set(record[axis].values.tolist())
-            record = record.sel({axis: [tap for tap in fired if tap in known]})
-        record = _label(record, networks)
-    record.attrs = records.provenance(device=records.device_name(device), **facts)
+    keep = records.keeper((networks, x, data, tuple(measurements), measure))
+    record = processes.together(keep, compute)
+    facts |= study.facts(list(networks)) if hasattr(study, "facts") else {}
+    made_by = {"device": records.device_name(device), "code": records.code_hash("lib.measure")}
+    record.attrs = records.provenance(**made_by, **facts)
     return record
 
 
-def _tap_names(model, taps, role):
-    """The taps a measurement wants of a role's network."""
-    if not isinstance(taps, Mapping):
-        return tap_names(model, taps)
-    return tap_names(model, taps[role]) if role in taps else []
+def _measure(study, networks, measurements, images, batch_size, device, x):
+    share = processes.share(len(images) // batch_size)
+    if share.idle:
+        return None
+    for measurement in measurements:
+        measurement.reset()
+        measurement.process_group = share.group
+    reducers = {}
+    for role, model in networks.items():
+        with _named(role, model):
+            reducers[role] = _reducers(role, model.to(device), measurements, x[role].to(device))
+    fired: dict[str, None] = {}  # an ordered set
+    numbers = [n for n in range(-(-len(images) // batch_size)) if n in share]
+    look = {"unit": "pass", "leave": False} | ({"disable": True} if share.place else {})
+    with torch.no_grad(), tqdm(total=len(numbers) * len(networks), **look) as progress:
+        for batch in numbers:
+            part = images[batch * batch_size : (batch + 1) * batch_size]
+            pixels = part.pixels.to(device)
+            reduced = [{} for _ in measurements]
+            for role, model in networks.items():
+                progress.set_description(role)
+                names = [name for chosen in reducers[role] for name in chosen]
+                receive = functools.partial(
+                    _reduce, role, len(part), reducers[role], reduced, fired
+                )
+                if names:
+                    with _named(role, model), tapping(model, names, receive):
+                        model(study.to_input(pixels, role))
+                progress.update()
+            for measurement, kept in zip(measurements, reduced, strict=True):
+                if kept:  # it may want none of these roles' taps
+                    measurement.update(kept, part, batch)
+    record = xr.merge([one.compute() for one in measurements if one.names], join="outer")
+    for axis in {"tap", "other"} & set(record.coords):
+        known = set(record[axis].values.tolist())
+        record = record.sel({axis: [tap for tap in fired if tap in known]})
+    return _label(record, networks) if "tap" in record.coords else record
 
 
-def _reduce_images(measurement, images, here):
-    """What a measurement keeps of a minibatch's images, if it wants any of it."""
-    if not hasattr(measurement, "reduce_images"):
-        return {}
-    return {"images": measurement.reduce_images(images[here])}
+@contextlib.contextmanager
+def _named(role, model):
+    """Let errors about taps name the role and the network."""
+    try:
+        yield
+    except TapError as error:
+        raise TapError(f"{role} ({type(model).__name__}): {error}") from error
 
 
-def _reducer(measurement, model):
-    """How a measurement reduces the taps of one forward pass: a function of name and value."""
-    if hasattr(measurement, "reducer"):
-        return measurement.reducer(model)
-    return lambda name, value: measurement.reduce(value)
+def _reducers(role, model, measurements, x) -> list[dict[str, Callable]]:
+    """For every measurement, how each tap that it wants of a role's network is reduced."""
+    found = []
+    for one in measurements:
+        taps = one.taps if isinstance(one.taps, Mapping) else {role: one.taps}
+        names = tap_names(model, taps[role]) if role in taps else []
+        found.append(dict.fromkeys(names, one.reducer(model, names, x) if names else None))
+    return found
 
 
-def _reduce(reducers, wanted, reduced, fired, role, name, value):
+def _reduce(role, n, reducers, reduced, fired, name, value):
     """Let every measurement that wants a tap keep what it needs of its value."""
+    if len(value) != n:
+        raise TapError(
+            f"tap {name!r} has {len(value)} rows for {n} images: it mixes images with something "
+            "else, such as windows; tap a module around it"
+        )
     fired[f"{role}/{name}"] = None
-    for reduce, names, kept in zip(reducers, wanted, reduced, strict=True):
-        if name in names and (result := reduce(name, value)) is not None:
+    for chosen, kept in zip(reducers, reduced, strict=True):
+        if name in chosen and (result := chosen[name](name, value)) is not None:
             kept[f"{role}/{name}"] = result
 
 
@@ -159,8 +279,3 @@ def _label(record, networks):
     return record.assign_coords(
         role=("tap", list(role)), layer=("tap", list(layer)), block=("tap", block)
     )
-
-
-def _describe(measurement) -> str:
-    settings = getattr(measurement, "settings", {})
-    return f"{type(measurement).__name__}({settings})"

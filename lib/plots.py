@@ -14,59 +14,52 @@ from lib.records import between
 
 CKA_COLOURS = "rocket"  # perceptually uniform; always shown from 0 to 1
 PALETTE = sns.color_palette("colorblind")
-ROLES = {
+FAMILIES = {
     "vit": ("ViT", PALETTE[0]),
     "vit_gap": ("mean-pooled ViT", PALETTE[9]),
     "resnet": ("ResNet", PALETTE[1]),
     "mixer": ("Mixer", PALETTE[2]),
 }
 MARKERS = "os^Dv"  # curves are told apart by them as well, and not by colour alone
-TWINS = {"_untrained": ", untrained", "_other_seed": ", other seed", "_third_seed": ", third seed"}
+SEEDS = ["", ", other seed", ", third seed", ", fourth seed", ", fifth seed"]
+_study = None  # whose roles are drawn
 
 
-def use_style() -> None:
-    """Set the book's style for all figures of a chapter."""
-    sns.set_theme(
-        context="notebook",
-        style="ticks",
-        palette=PALETTE,
-        rc={
-            "figure.dpi": 90,
-            "savefig.dpi": 90,
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": "medium",
-            "legend.frameon": False,
-            "font.size": 10,
-        },
-    )
+def use_style(study=None) -> None:
+    """Set the book's style for all figures of a chapter, which show roles of a study."""
+    global _study
+    _study = study
+    rc = {
+        "figure.dpi": 90,
+        "savefig.dpi": 90,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "legend.frameon": False,
+        "font.size": 10,
+    }
+    sns.set_theme("notebook", style="ticks", palette=PALETTE, rc=rc)
 
 
 def name(role: str) -> str:
     """What a role is called in figures: ``"ViT, untrained"``."""
-    for suffix, words in TWINS.items():
-        if role.endswith(suffix):
-            return name(role.removesuffix(suffix)) + words
-    return ROLES[role][0] if role in ROLES else role
+    if (one := _role(role)) is None:
+        return FAMILIES[role][0] if role in FAMILIES else role
+    words = FAMILIES[one.family][0] if one.family in FAMILIES else one.family
+    if one.cut is not None:
+        words += f" without skips in {one.cut}"
+    elif one.share < 1:
+        words += f", {100 * one.share:.0f} % of the images"
+    elif one.arm != one.family:
+        words = one.arm
+    return words + SEEDS[one.replicate] + ", untrained" * (not one.trained)
 
 
 def colour(role: str):
-    """A role's colour; its twins have the same."""
-    return ROLES[_family(role)][1] if _family(role) in ROLES else "black"
-
-
-def marker(role: str) -> str:
-    """A role's mark; its twins have the same."""
-    known = list(ROLES)
-    family = _family(role)
-    return MARKERS[known.index(family) % len(MARKERS)] if family in known else "x"
-
-
-def _family(role: str) -> str:
-    for suffix in TWINS:
-        role = role.removesuffix(suffix)
-    return role
+    """The colour of a role's family."""
+    family = one.family if (one := _role(role)) else role
+    return FAMILIES.get(family, ("", "black"))[1]
 
 
 def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, columns: int = 3):
@@ -77,42 +70,68 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
     record : xarray.Dataset
         With the variable ``cka``, from :func:`lib.measure.measure`.
     pairs : tuples of two roles
-        One panel each: the first role's layers upwards, the second's to the right.
+        One panel each: the first role's layers upwards, the second's to the right. Blank if the
+        record lacks one of them.
     blocks : bool
         Show the outputs of blocks only, instead of every tap.
-    columns : int
-        Panels in a row.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.25 * columns + 0.7, 2.4 * rows), squeeze=False
-    )
+    size = 2.25 * columns + 0.7, 2.4 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis, (up, right) in zip(axes.flat, pairs, strict=False):
-        values = between(record, up, right, blocks=blocks)
-        axis.imshow(
-            values,
-            vmin=0,
-            vmax=1,
-            cmap=CKA_COLOURS,
-            origin="lower",
-            aspect="auto",
-            interpolation="nearest",
-        )
-        axis.set_facecolor("0.8")  # undefined cells
         axis.set_xlabel(name(right), size="small")
         axis.set_ylabel(name(up), size="small")
-        _mark_blocks(axis.xaxis, values["other"].values, blocks)
-        _mark_blocks(axis.yaxis, values["tap"].values, blocks)
+        if {up, right} <= set(record["role"].values.tolist()):
+            values = between(record, up, right, blocks=blocks)
+            heat(axis, values)
+            _mark_blocks(axis.xaxis, values["other"].values, blocks)
+            _mark_blocks(axis.yaxis, values["tap"].values, blocks)
     for axis in axes.flat[len(pairs) :]:
         axis.set_axis_off()
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), CKA_COLOURS)
     figure.colorbar(scale, ax=axes, label="CKA", shrink=0.8, aspect=25)
     return figure
+
+
+def heat(axis, values) -> None:
+    """A map (rows, columns) of values from 0 to 1, the first row lowest; grey where undefined."""
+    look = {"cmap": CKA_COLOURS, "origin": "lower", "aspect": "auto", "interpolation": "nearest"}
+    axis.imshow(values, vmin=0, vmax=1, **look)
+    axis.set_facecolor("0.8")
+
+
+def show() -> None:
+    """Show a figure, with words in the panels in which there was nothing to draw.
+
+    So chapters can draw what NaN stands for, and what the study lacks, as anything else.
+    """
+    axes = [a for a in plt.gcf().axes if a.axison and a.get_label() != "<colorbar>"]
+    blank = [axis for axis in axes if not np.isfinite(axis.dataLim.get_points()).all()]
+    for axis in blank:
+        _words(axis, "not measured\nhere")
+    if blank == axes:
+        plt.close()
+        nothing("networks that this study lacks")
+    plt.show()
+
+
+def legend_below(axis, columns: int) -> None:
+    """One legend for all panels, below them, of what one of them shows."""
+    lines = axis.get_legend_handles_labels()
+    axis.figure.legend(*lines, loc="outside lower center", ncols=columns, fontsize="small")
+
+
+def nothing(why: str):
+    """A line in the place of a figure that this study cannot have."""
+    figure, axis = plt.subplots(figsize=(4, 0.6))
+    axis.set_axis_off()
+    _words(axis, f"not measured here: {why}")
+    return figure
+
+
+def _words(axis, words):
+    axis.text(0.5, 0.5, words, ha="center", va="center", color="0.4", transform=axis.transAxes)
 
 
 def inline(figure, alt: str) -> HTML:
@@ -124,49 +143,9 @@ def inline(figure, alt: str) -> HTML:
     return HTML(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}">')
 
 
-def _mark_blocks(axis, layers, blocks: bool) -> None:
-    """Ticks at some blocks' outputs, numbered as the modules are, stages apart."""
-    outputs = [(place, layer) for place, layer in enumerate(layers) if blocks or _is_output(layer)]
-    if len(outputs) < 2:
-        return
-    chosen = [outputs[i] for i in np.linspace(0, len(outputs) - 1, 4).round().astype(int)]
-    axis.set_ticks([place for place, _ in chosen])
-    axis.set_ticklabels([short(layer) for _, layer in chosen], rotation=0, size="small")
-    axis.set_tick_params(length=2, pad=1)
-
-
-def _is_output(layer: str) -> bool:
-    return layer.rpartition(".")[2].isdigit()
-
-
 def short(layer: str) -> str:
     """``blocks.3`` -> 3, ``stages.1.blocks.0`` -> 1.0, ``layer2.1`` -> 2.1"""
     return ".".join(part.lstrip("layer") for part in layer.split(".") if part[-1].isdigit())
-
-
-def nothing(why: str):
-    """What stands in the place of a figure that this study cannot have: a line that says why."""
-    figure, axis = plt.subplots(figsize=(4, 0.6))
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, f"not measured here: {why}", ha="center", va="center", color="0.4")
-    return figure
-
-
-def depth_lines(axis, values: dict[str, np.ndarray], margins: dict | None = None) -> None:
-    """Curves over relative depth (0 input, 1 output), one per role; untrained twins dashed.
-
-    Marks tell families apart, and stand at some of the points only.
-    """
-    for role, value in values.items():
-        depth = np.linspace(0, 1, len(value))
-        style = "--" if role.endswith("_untrained") else ":" if "seed" in role else "-"
-        look = {"marker": marker(role), "ms": 4, "markevery": max(1, len(value) // 6)}
-        axis.plot(depth, value, style, color=colour(role), label=name(role), **look)
-        if margins:
-            low, high = value - margins[role], value + margins[role]
-            axis.fill_between(depth, low, high, color=colour(role), alpha=0.15, lw=0)
-    axis.set(xlabel="relative depth (0 = first block, 1 = last)", xlim=(0, 1))
-    axis.legend(fontsize="small")
 
 
 def shades(n: int) -> list:
@@ -174,12 +153,16 @@ def shades(n: int) -> list:
     return sns.color_palette("flare_r", n)
 
 
-def sorted_heads(axis, record: xr.Dataset, labels: list[str]) -> None:
-    """Attention distances of heads, sorted within each tap of a record, with their intervals."""
-    for place, (label, colour) in enumerate(zip(labels, shades(len(labels)), strict=True)):
-        part = record.isel(tap=place).sortby(record["distance"].isel(tap=place))
-        distance = part["distance"].values
-        margin = np.abs(np.stack([part["distance_low"], part["distance_high"]]) - distance)
-        rank = np.arange(1, len(distance) + 1)
-        style = "-" + MARKERS[place % len(MARKERS)]
-        axis.errorbar(rank, distance, margin, fmt=style, color=colour, label=label, ms=4, capsize=2)
+def _mark_blocks(axis, layers, blocks: bool) -> None:
+    """Ticks at some blocks' outputs, numbered as the modules are, stages apart."""
+    ends = [i for i, layer in enumerate(layers) if blocks or layer.rpartition(".")[2].isdigit()]
+    if len(ends) < 2:
+        return
+    chosen = [ends[i] for i in np.linspace(0, len(ends) - 1, 4).round().astype(int)]
+    axis.set_ticks(chosen)
+    axis.set_ticklabels([short(layers[i]) for i in chosen], rotation=0, size="small")
+    axis.set_tick_params(length=2, pad=1)
+
+
+def _role(name: str):
+    return _study.role(name) if _study and _study.has(name) else None

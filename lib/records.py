@@ -1,19 +1,24 @@
 """Records: measured results with labelled axes and their provenance, kept in small files.
 
-A record is an ``xarray.Dataset`` whose attributes say where its numbers come from. Measurements
-are cached by what they depend on, so a chapter that is run again takes seconds, and one whose
-weights, images or code have changed is measured anew.
+A record is an ``xarray.Dataset`` whose attributes say where its numbers come from. Records are
+cached by what they depend on, so a chapter that is run again takes seconds, and one whose weights,
+images or code have changed is measured anew.
 """
 
+import ast
+import contextlib
+import dataclasses
+import enum
 import functools
 import hashlib
-import inspect
-import json
-import linecache
+import operator
 import os
 import platform
 import re
-from datetime import UTC, datetime
+import sys
+import types
+import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -21,67 +26,68 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
+from torchmetrics import Metric
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "timm", "torchvision", "numpy", "torchmetrics")
+# Code that stores and shows numbers, and cannot change one.
+INERT = {"lib", "lib.records", "lib.processes", "lib.plots"}
+PLAIN = bool | int | float | complex | str | bytes | Path | slice | range | enum.Enum
+PLAIN |= np.dtype | torch.dtype | torch.device
+# What changes no more than a value's rounding, or is no setting.
+NO_SETTINGS = {"training", "fused_attn", "pretrained_cfg", "default_cfg"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+# What Python keeps of a class beside what it does.
+DESCRIPTIVE = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "_abc_impl"}
+DESCRIPTIVE |= {"__annotations__", "__orig_bases__", "__parameters__", "__firstlineno__"}
+DESCRIPTIVE |= {"__static_attributes__", "__dataclass_fields__", "__dataclass_params__"}
+DESCRIPTIVE |= {"__annotate_func__", "__annotations_cache__"}
 
-# Whoever changes these modules changes no measured number.
-_INERT = {
-    "__main__",
-    "run",
-    "claims",
-    "results",
-    "explorer",
-    "masked",
-    "plots",
-    "board",
-    "training",
-}
-_PACKAGES = ("torch", "timm", "numpy", "torchmetrics")
+
+class Unknown(TypeError):
+    """A value that no key can be made of."""
 
 
 def cache_folder() -> Path:
-    """Where measurements are cached: ``.cache`` at the repository's root, or ``$VIT_SEE_CACHE``."""
+    """Where records are cached: ``.cache`` at the repository's root, or ``$VIT_SEE_CACHE``."""
     return Path(os.environ.get("VIT_SEE_CACHE", ROOT / ".cache"))
 
 
-def cached(depends_on: dict, compute) -> xr.Dataset:
-    """The record of ``compute()``, from the cache if everything it depends on is unchanged.
+def cached(function: Callable, *arguments, **options) -> xr.Dataset:
+    """``function(*arguments, **options)``, from the cache if nothing it depends on has changed.
 
-    Parameters
-    ----------
-    depends_on : dict
-        JSON-able description of the inputs: hashes of weights and images, settings. The library's
-        code and the versions of the numerical packages are added to it, and the cell that defines
-        ``compute`` in a notebook.
-    compute : callable
-        Returns the xarray.Dataset when it has to be measured.
+    The key is a hash of the arguments, of the function's source and of everything that it refers
+    to: the library's modules by their source, global variables by their values, networks by their
+    weights and settings. What cannot be hashed is computed anew every time.
     """
-    depends_on = depends_on | {"code": code_hash(), "versions": versions()}
-    if compute.__module__ == "__main__":
-        depends_on |= {
-            "cell": "".join(linecache.getlines(inspect.unwrap(compute).__code__.co_filename))
-        }
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:24]
+    compute = functools.partial(function, *arguments, **options)
+    return keeper((function, arguments, options))(compute)
+
+
+def keeper(everything) -> Callable[[Callable], xr.Dataset]:
+    """``keep(compute)`` gives the record that ``everything`` decides: the cached, or computed."""
+    try:
+        return functools.partial(_keep, digest((everything, versions())))
+    except Unknown:
+        return operator.call
+
+
+def _keep(key: str, compute: Callable) -> xr.Dataset:
     path = cache_folder() / f"{key}.nc"
-    if path.exists():
-        try:
-            return load(path)
-        except (OSError, ValueError):
-            path.unlink()  # half a file, from a full disk or another version: measure again
-    save(compute(), path)
+    # Whatever a damaged file makes its reader raise: measure again.
+    with contextlib.suppress(Exception):
+        return load(path)
+    record = compute()
+    try:
+        save(record, path)
+    except OSError as error:
+        warnings.warn(
+            f"the record could not be kept in {path.parent} ({error}); set VIT_SEE_CACHE to a "
+            "folder that can be written",
+            stacklevel=2,
+        )
+        return record
     return load(path)  # what was written, so that the first run prints what every later one does
-
-
-def inputs(study, networks: dict[str, torch.nn.Module], images) -> dict:
-    """What all depends on that some networks of a study, by role, make of some images."""
-    return {
-        "study": study.name,
-        "images": tensor_hash(images.pixels),
-        "weights": {role: weights_hash(model) for role, model in networks.items()},
-        # Equal weights do not make equal networks, nor equal pixels equal inputs.
-        "structure": {role: str(model) for role, model in networks.items()},
-        "inputs": {role: tensor_hash(study.to_input(images.pixels[:1], role)) for role in networks},
-    }
 
 
 def save(record: xr.Dataset, path) -> None:
@@ -138,19 +144,16 @@ def between(record: xr.Dataset, rows: str, columns: str, *, blocks=False, variab
 
 
 def compared(record: xr.Dataset) -> np.ndarray:
-    """Which taps (tap,) of a square record have a likeness to others: not those that rode along."""
+    """Which taps (tap,) of a square record are compared with others."""
     return np.isin(record["tap"].values, record["other"].values)
 
 
 def provenance(**facts) -> dict[str, str]:
-    """Attributes of a record: the given facts, the versions, the machine's kind and the date."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        **versions(),
-        "code": code_hash(),
-        **{name: str(value) for name, value in facts.items()},
-    }
+    """Attributes of a record: the given facts and the versions of what made it."""
+    versioned = {"python": platform.python_version(), **versions()}
+    # Functions by their names: where one lies in memory differs from run to run.
+    told = {name: re.sub(r"<function (\S+) at 0x\w+>", r"\1", str(v)) for name, v in facts.items()}
+    return versioned | told
 
 
 def as_table(facts: dict):
@@ -167,7 +170,7 @@ def as_table(facts: dict):
 
 def versions() -> dict[str, str]:
     """Versions of the packages that numbers depend on."""
-    return {package: metadata.version(package).split("+")[0] for package in _PACKAGES}
+    return {package: metadata.version(package).split("+")[0] for package in PACKAGES}
 
 
 def device_name(device="cpu") -> str:
@@ -178,28 +181,170 @@ def device_name(device="cpu") -> str:
     return f"{torch.device(device).type.upper()}, {n} thread{'s' * (n > 1)}"
 
 
-@functools.cache
-def code_hash() -> str:
-    """Hash of the library's source that measurements run through."""
-    sources = sorted(p for p in Path(__file__).parent.rglob("*.py") if p.stem not in _INERT)
-    return _sha256(b"".join(source.read_bytes() for source in sources))
+# Hashes of what a number depends on ---------------------------------------------------------------
+
+
+def code_hash(*modules: str) -> str:
+    """Hash of modules of this library and of all that they import from it."""
+    files = sorted(set().union(*(_imported(module) for module in modules)))
+    return _sha256("".join(Path(sys.modules[name].__file__).read_text("utf-8") for name in files))
 
 
 def tensor_hash(*tensors: torch.Tensor) -> str:
     """Hash of the values and shapes of tensors, the same on every device."""
-    digest = hashlib.sha256()
+    digested = hashlib.sha256()
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(array.shape)}{array.dtype}".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
+        digested.update(f"{tuple(array.shape)}{array.dtype}".encode())
+        digested.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return digested.hexdigest()[:12]
 
 
 def weights_hash(model: torch.nn.Module) -> str:
     """Hash of everything a model's state dict holds."""
     state = model.state_dict()
-    return _sha256("".join(f"{key}{tensor_hash(state[key])}" for key in sorted(state)).encode())
+    return _sha256("".join(f"{key}{tensor_hash(state[key])}" for key in sorted(state)))
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def digest(value) -> str:
+    """Hash of a value and of everything that it refers to.
+
+    Raises
+    ------
+    Unknown
+        For objects of packages other than those of this book: what they hold cannot be told.
+    """
+    return _sha256("\n".join(_written(value, set())), 24)
+
+
+def _written(value, seen: set):
+    """A value in pieces of text, whatever it is."""
+    yield type(value).__qualname__
+    if value is None or isinstance(value, PLAIN):
+        yield repr(value)
+    elif isinstance(value, torch.Tensor):
+        yield tensor_hash(value)
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        yield f"{value.shape}{value.dtype}{_sha256(np.ascontiguousarray(value).tobytes())}"
+    elif (parts := _parts(value)) is not None:
+        yield str(len(parts))
+        for part in parts:
+            yield from _written(part, seen)
+    elif isinstance(value, types.ModuleType):
+        yield value.__name__
+        if _is_the_books(value.__name__):
+            yield code_hash(value.__name__)
+        elif _is_the_readers(value.__name__) and getattr(value, "__file__", None):
+            yield Path(value.__file__).read_text("utf-8")
+    elif isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        module = getattr(value, "__module__", None) or ""
+        yield f"{module}.{value.__qualname__}"
+        if _is_the_books(module):
+            yield code_hash(module)
+        elif not _is_the_readers(module):
+            yield str(getattr(sys.modules.get(module.partition(".")[0]), "__version__", ""))
+        elif value not in seen:
+            seen.add(value)
+            yield from _written(_source(value), seen)
+    else:
+        raise Unknown(f"what a {type(value).__qualname__} holds cannot be told")
+
+
+def _parts(value):
+    """What a value is made of, if it is made of parts; of a network, of a measurement as well."""
+    parts = None
+    if isinstance(value, list | tuple):
+        parts = value
+    elif isinstance(value, set | frozenset):
+        parts = sorted(value, key=repr)
+    elif isinstance(value, dict):
+        parts = [part for pair in value.items() for part in pair]
+    elif isinstance(value, functools.partial):
+        parts = value.func, value.args, value.keywords
+    elif isinstance(value, types.MethodType):
+        parts = value.__func__, value.__self__
+    elif isinstance(value, types.CodeType):
+        parts = value.co_code, value.co_consts, value.co_names
+    elif isinstance(value, property):
+        parts = value.fget, value.fset
+    elif isinstance(value, classmethod | staticmethod):
+        parts = (value.__func__,)
+    elif isinstance(value, functools.cached_property):
+        parts = (value.func,)
+    elif isinstance(value, Metric):  # its states are results
+        parts = type(value), value.settings
+    elif isinstance(value, torch.nn.Module):
+        parts = [weights_hash(value)]
+        parts += [(name, type(one), _settings(one)) for name, one in value.named_modules()]
+    elif not isinstance(value, type | types.FunctionType) and (
+        dataclasses.is_dataclass(value) or _is_ours(type(value).__module__)
+    ):
+        parts = type(value), vars(value)
+    return parts
+
+
+def _settings(module: torch.nn.Module) -> dict:
+    """What a module computes beside its weights and its parts."""
+    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    plain = {name: value for name, value in plain.items() if name not in NO_SETTINGS}
+    # Of the rest, parameters, buffers and modules have places of their own; hooks can do anything.
+    hooks = [vars(module)[kind].values() for kind in HOOKS]
+    return plain | {"hooks": [hook for one in hooks for hook in one]}
+
+
+def _source(thing) -> tuple:
+    """What a reader's own function or class is made of."""
+    if isinstance(thing, type):
+        return thing.__mro__[1:], {k: v for k, v in vars(thing).items() if k not in DESCRIPTIVE}
+    if isinstance(thing, types.BuiltinFunctionType):
+        return (thing.__self__,)
+    if not isinstance(thing, types.FunctionType):
+        raise Unknown(f"what {thing.__qualname__} does cannot be told")
+    free = [cell.cell_contents for cell in thing.__closure__ or ()]
+    used = {n: thing.__globals__.get(n) for n in _names(thing.__code__)}
+    return thing.__code__, thing.__defaults__, thing.__kwdefaults__, free, used
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Names that a function and those within it may take from their module."""
+    inner = [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return sorted({*code.co_names}.union(*map(_names, inner)))
+
+
+def _is_the_books(module: str) -> bool:
+    return module == "lib" or module.startswith("lib.")
+
+
+def _is_the_readers(module: str) -> bool:
+    """Whether a module is neither of this library, nor a package's, nor Python's own."""
+    if module == "__main__" or module not in sys.modules:
+        return True
+    file = getattr(sys.modules[module], "__file__", None) or sys.base_prefix
+    return "-packages" not in file and not file.startswith(sys.base_prefix)
+
+
+def _is_ours(module: str) -> bool:
+    return _is_the_books(module) or _is_the_readers(module)
+
+
+@functools.cache
+def _imported(module: str) -> frozenset:
+    """Names of a module of this library and of those that it imports, directly or not."""
+    found, todo = set(), {module}
+    while todo:
+        name = todo.pop()
+        if name in found | INERT:
+            continue
+        found.add(name)
+        for node in ast.walk(ast.parse(Path(sys.modules[name].__file__).read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and _is_the_books(node.module or ""):
+                parts = {f"{node.module}.{part.name}" for part in node.names}
+                modules = parts & sys.modules.keys()
+                # Of a package of which only modules are imported, its own code does not count.
+                todo |= modules | ({node.module} if modules < parts else set())
+    return frozenset(found)
+
+
+def _sha256(data: str | bytes, digits: int = 12) -> str:
+    data = data.encode() if isinstance(data, str) else data
+    return hashlib.sha256(data).hexdigest()[:digits]

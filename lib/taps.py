@@ -7,7 +7,6 @@ it on the spot, so memory does not grow with the depth of the network, and a lat
 operation cannot change what was measured.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 INPUT = ":input"
-MOST_PREFIX_TOKENS = 8  # class and register tokens
 
 
 class TapError(RuntimeError):
@@ -35,22 +33,15 @@ def tapping(
     Parameters
     ----------
     model : nn.Module
-        Any module; call it as ``model(x)`` inside the context. It is in evaluation mode there, and
-        comes out as it went in, whatever happens inside.
-    taps : str or sequence of str
-        One of the ready lists ``"blocks"``, ``"branches"``, ``"all"`` (see :func:`tap_names`), or
-        names and globs, in which ``*`` stands for one part of a dotted name.
+        Call it as ``model(x)`` inside the context. It is in evaluation mode there, and comes out
+        as it went in, whatever happens inside.
+    taps
+        See :func:`tap_names`; the context's value is the names, in the order of the modules.
     receive : callable
-        Called with the tap's name and its value, a tensor whose first axis is the batch. Reduce or
-        clone the value: the model may overwrite it afterwards.
+        Called with the tap's name and its value. Reduce or clone the value: the model may
+        overwrite it afterwards.
     graph : bool
-        Hand over values that are still part of the graph, to take gradients of. By default they
-        are detached.
-
-    Yields
-    ------
-    list of str
-        The names of the taps, in the order of the model's modules.
+        Hand over values that are still part of the graph, to take gradients of.
 
     Raises
     ------
@@ -88,7 +79,7 @@ def tapping(
         model.eval()
         handles = [
             model.register_forward_pre_hook(forget, prepend=True),
-            # Not always_call: after an error in the forward pass silence is no news.
+            # Not always_call: if forward() raised, do not report silent taps as well.
             model.register_forward_hook(complain),
         ]
         try:
@@ -108,10 +99,11 @@ def tapping(
 def collect(model: nn.Module, x: Tensor, taps: str | Sequence[str]) -> dict[str, Tensor]:
     """Run the model once and keep a copy of every tapped value, in execution order."""
     values: dict[str, Tensor] = {}
-    with (
-        torch.no_grad(),
-        tapping(model, taps, lambda name, value: values.update({name: value.clone()})),
-    ):
+
+    def keep(name, value):
+        values[name] = value.clone()
+
+    with torch.no_grad(), tapping(model, taps, keep):
         model(x)
     return values
 
@@ -119,12 +111,11 @@ def collect(model: nn.Module, x: Tensor, taps: str | Sequence[str]) -> dict[str,
 def tap_names(
     model: nn.Module, taps: str | Sequence[str] | Callable[[nn.Module], Sequence[str]] = "all"
 ) -> list[str]:
-    """Resolve a ready list, names or globs to the names of taps, in the order of the modules.
+    """Names of taps, in the order of the modules.
 
-    A function is asked which names or globs it wants of this model.
-
-    The ready lists know ViTs, ResNets (v1 and v2) and Mixers; any other network is tapped at the
-    members of its stages.
+    ``taps`` are names and globs, in which ``*`` stands for one part of a dotted name; a function
+    of the model that gives some; or a ready list, for ViTs, ResNets (v1 and v2) and Mixers (any
+    other network is tapped at the members of its stages):
 
     - ``"blocks"``: the output of every block or residual unit.
     - ``"branches"``: also what each branch adds to the residual stream, and the stream between
@@ -135,7 +126,7 @@ def tap_names(
     modules = dict(model.named_modules())
     taps = taps(model) if callable(taps) else taps
     if isinstance(taps, str) and taps in ("blocks", "branches", "all"):
-        patterns = _ready_list(modules, taps)
+        patterns = _ready_list(model, taps)
     else:
         patterns = [taps] if isinstance(taps, str) else list(taps)
     if not patterns:
@@ -144,12 +135,8 @@ def tap_names(
     names: set[str] = set()
     for pattern in patterns:
         suffix = INPUT if pattern.endswith(INPUT) else ""
-        glob = pattern.removesuffix(INPUT)
-        if "*" in glob:
-            glob = re.escape(glob).replace(r"\*", r"[^.]+")
-            found = [name + suffix for name in modules if name and re.fullmatch(glob, name)]
-        else:
-            found = [glob + suffix] if glob and glob in modules else []
+        glob = re.escape(pattern.removesuffix(INPUT)).replace(r"\*", r"[^.]+")
+        found = [name + suffix for name in modules if name and re.fullmatch(glob, name)]
         if not found:
             some = ", ".join(name for name in modules if name.count(".") == 0 and name)
             raise TapError(
@@ -158,42 +145,6 @@ def tap_names(
         names.update(found)
     # In the order of the modules; a module's input comes before what is inside it.
     return sorted(names, key=lambda name: (order[name.removesuffix(INPUT)], INPUT not in name))
-
-
-def split_tokens(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Separate the tokens that have a place in the image from those that have none.
-
-    Parameters
-    ----------
-    value : Tensor (n, tokens, width) or (n, channels, h, w)
-        A feature map's tokens are its locations. Of a sequence, the patch tokens are the last ones,
-        as many as make the largest square; what stands before them is a class token or registers.
-
-    Returns
-    -------
-    cells : Tensor (n, side * side, width)
-        Row by row from the image's upper left corner.
-    others : Tensor (n, k, width)
-        k is 0 for a feature map and for a network without a class token.
-    """
-    shape = tuple(value.shape)
-    if value.dim() == 3:
-        side = math.isqrt(shape[1])
-        first = shape[1] - side * side
-        if first > MOST_PREFIX_TOKENS:
-            raise ValueError(
-                f"{shape[1]} tokens are no square grid: {side} x {side} would leave {first} over, "
-                f"and there are seldom more than {MOST_PREFIX_TOKENS} class and register tokens"
-            )
-        return value[:, first:], value[:, :first]
-    if value.dim() == 4 and shape[2] == shape[3]:
-        return value.flatten(2).mT, value.new_empty(shape[0], 0, shape[1])
-    if value.dim() == 4:
-        raise ValueError(f"a feature map must be (n, channels, h, w) with h = w; got {shape}")
-    raise ValueError(
-        f"a tensor of shape {shape} has no places in the image: tap tokens (n, tokens, width) or "
-        "feature maps (n, channels, h, w)"
-    )
 
 
 @contextmanager
@@ -228,11 +179,11 @@ def _hook(module, name, fire):
     return module.register_forward_pre_hook(pre_hook)
 
 
-def _ready_list(modules: dict[str, nn.Module], kind: str) -> list[str]:
+def _ready_list(model: nn.Module, kind: str) -> list[str]:
     """The taps of a ready list, as names relative to a block, for the families that are known."""
-    members = _stage_members(modules)
+    modules, members = dict(model.named_modules()), _stage_members(model)
     if not members:
-        raise TapError("this network has no stages of blocks to tap; name the taps yourself")
+        raise TapError(f"{type(model).__name__} has no stages of blocks; name the taps yourself")
 
     def has(*parts):
         return all(f"{members[-1]}.{part}" in modules for part in parts)
@@ -277,29 +228,28 @@ def _is_a_layer(modules, name) -> bool:
     return module is not None and not isinstance(module, nn.Identity)
 
 
-def _stage_members(modules: dict[str, nn.Module]) -> list[str]:
+def _stage_members(model: nn.Module) -> list[str]:
     """Members of the outermost sequences that hold blocks: ``blocks.3``, ``layer2.1``."""
     members: list[str] = []
 
     def visit(path, module):
         for name, child in module.named_children():
             inner = f"{path}.{name}" if path else name
-            if isinstance(module, nn.Sequential | nn.ModuleList):
-                if _holds_blocks(child):
-                    visit(inner, child)
-                elif any(list(part.parameters()) for part in child.children()):
-                    members.append(inner)
-            elif _holds_blocks(child):
+            if _holds_blocks(child):
                 visit(inner, child)
+            elif isinstance(module, nn.Sequential | nn.ModuleList) and any(
+                list(part.parameters()) for part in child.children()
+            ):
+                members.append(inner)
 
-    def _holds_blocks(module):
-        """A sequence of modules that each have parts of their own, or something around one."""
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            return any(list(child.children()) for child in module)
-        return any(
-            isinstance(child, nn.Sequential | nn.ModuleList) and _holds_blocks(child)
-            for child in module.children()
-        )
-
-    visit("", modules[""])
+    visit("", model)
     return members
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """A sequence of modules that each have parts of their own, or something around one."""
+    children = list(module.children())
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        return any(list(child.children()) for child in children)
+    sequences = [child for child in children if isinstance(child, nn.Sequential | nn.ModuleList)]
+    return any(map(_holds_blocks, sequences))

@@ -23,10 +23,18 @@ from PIL import Image
 
 from lib.__main__ import main
 from lib.records import ROOT, weights_hash
-from lib.studies import Public, PublicRole, hub
+from lib.studies import hub
+from lib.studies.public import Public, PublicRole
 
 NAME = "test_vit.r160_in1k"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+ANSWERS = {
+    "bad token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+    "forbidden": (403, {}),
+    "too many": (429, {}),
+}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -42,6 +50,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(503, {}, b"maintenance")
         if server.fault == "gated":
             return self.answer(403, {"X-Error-Code": "GatedRepo"}, b"")
+        if server.fault == "login page":
+            return self.answer(200, {"Content-Type": "text/html"}, b"<html>who are you?</html>")
+        if server.fault in ANSWERS:
+            return self.answer(*ANSWERS[server.fault], b"")
         if content is None:
             known = any(path.split("/resolve/")[0] in self.path for path in server.files)
             code = "EntryNotFound" if known else "RepoNotFound"
@@ -191,6 +203,10 @@ FAULTS = {
     "refused": ("does not answer", ("HF_ENDPOINT", "HF_HOME", "file of weights")),
     "offline": ("HF_HUB_OFFLINE forbids", ("unset it", "HF_HOME", "file of weights")),
     "gated": ("only to those who have accepted", ("HF_TOKEN", "file of weights")),
+    "bad token": (r"refuses to give .* \(401\)", ("HF_TOKEN", "unset it", "file of weights")),
+    "forbidden": (r"refuses to give .* \(403\)", ("HF_TOKEN", "file of weights")),
+    "too many": (r"refuses to give .* \(429\)", ("wait", "HF_TOKEN", "file of weights")),
+    "login page": ("answers as no hub does", ("login page", "HF_ENDPOINT", "file of weights")),
     "other bytes": ("are damaged: their SHA-256", ("were removed", "HF_ENDPOINT")),
     "shorter": ("broke off", ("nothing was kept", "HF_ENDPOINT", "file of weights")),
     "cut": ("broke off", ("nothing was kept", "HF_ENDPOINT", "file of weights")),

@@ -29,6 +29,7 @@ from lib.measurements.norm_ratio import (
     EDGES,
     Curves,
     NormRatio,
+    branch_taps,
     compare,
     estimate,
     median,
@@ -80,7 +81,7 @@ def network(make):
 def pairs(model, pixels=PIXELS):
     """z and f(z) of every sub-layer, as tensors."""
     layers = sublayers(model)
-    values = collect(model, pixels, NormRatio().taps)
+    values = collect(model, pixels, branch_taps)
     return [
         (
             layer,
@@ -93,15 +94,14 @@ def pairs(model, pixels=PIXELS):
 
 def hooked(model, pixels=PIXELS):
     """What the hooks of one forward pass keep, by tap of the branch."""
-    metric = NormRatio()
-    receive, kept = metric.reducer(model), {}
+    receive, kept = NormRatio().reducer(model, [], pixels), {}
 
     def keep(name, value):
         result = receive(name, value)
         if result is not None:
             kept[result.branch] = result
 
-    with torch.no_grad(), tapping(model, metric.taps, keep):
+    with torch.no_grad(), tapping(model, branch_taps, keep):
         model(pixels)
     return kept
 
@@ -157,8 +157,8 @@ def test_projections_are_marked():
 
 @pytest.mark.parametrize("family", ["ViT", "Mixer", "ResNet v1, bottleneck"])
 def test_no_activation_outlives_its_pair(family):
-    model, metric = network(FAMILIES[family]), NormRatio()
-    receive, seen, most = metric.reducer(model), [], []
+    model = network(FAMILIES[family])
+    receive, seen, most = NormRatio().reducer(model, [], PIXELS), [], []
 
     def keep(name, value):
         seen.append(weakref.ref(value))
@@ -166,7 +166,7 @@ def test_no_activation_outlives_its_pair(family):
         del value
         most.append(sum(one() is not None for one in seen[:-1]))
 
-    with torch.no_grad(), tapping(model, metric.taps, keep):
+    with torch.no_grad(), tapping(model, branch_taps, keep):
         model(PIXELS)
     assert len(most) == 2 * len(sublayers(model))
     assert max(most) <= 1
@@ -202,7 +202,7 @@ def test_a_block_without_skips_has_no_ratio_and_the_others_keep_theirs():
 )
 def test_blocks_without_such_a_ratio_are_refused_with_the_reason(model, message):
     with pytest.raises(TapError, match=message):
-        NormRatio().taps(model())
+        branch_taps(model())
 
 
 # Norms, ratios and cosines ------------------------------------------------------------------------
@@ -349,9 +349,10 @@ def stream():
 
 
 def filled(batches, groups=4):
-    metric = NormRatio(groups)
+    metric = NormRatio()
+    metric.groups = groups
     for number, batch in enumerate(batches):
-        metric.update(reduced=batch, batch=number)
+        metric.update(batch, batch=number)
     return metric
 
 
@@ -361,12 +362,10 @@ def test_minibatches_add_up_to_one_pass_over_all_images(stream):
     whole, parts = (filled(batches).compute() for batches in ([hooked(model, pixels)], stream))
     np.testing.assert_allclose(parts["residual"], whole["residual"], rtol=1e-5)
     np.testing.assert_allclose(parts["token_ratio"], whole["token_ratio"], rtol=1e-5)
-    assert parts.sizes["group"] == 4
-    assert whole.sizes["group"] == 1
     assert np.isnan(whole["residual_low"]).all()
     # Patches have a mean over their own places.
     np.testing.assert_allclose(
-        parts["token_ratio"].mean("patch"),
+        parts["token_ratio"].mean("position"),
         parts["residual"].sel(token="patch", quantity="ratio"),
         rtol=1e-6,
     )
@@ -387,16 +386,17 @@ def test_intervals_are_those_of_a_jackknife_over_groups(stream):
 
 def test_a_pair_is_named_by_its_branch_whichever_fires_last():
     model = network(FAMILIES["ResNet v1, basic"])
-    receive, metric, kept = NormRatio().reducer(model), NormRatio(), {}
+    metric, kept = NormRatio(), {}
+    receive = metric.reducer(model, [], PIXELS)
 
     def keep(name, value):
         if (result := receive(name, value)) is not None:
             kept[f"a role/{name}"] = result
 
-    with torch.no_grad(), tapping(model, metric.taps, keep):
+    with torch.no_grad(), tapping(model, branch_taps, keep):
         model(PIXELS)
     assert "a role/layer2.0.downsample" in kept
-    metric.update(reduced=kept)
+    metric.update(kept)
     record = metric.compute()
     expected = [f"a role/{layer.branch}" for layer in sublayers(model)]
     assert record["branch"].values.tolist() == expected
@@ -409,26 +409,25 @@ def test_a_metric_can_be_used_again_and_refuses_mistakes(stream):
     metric.reset()
     with (
         pytest.warns(UserWarning, match="before the ``update`` method"),
-        pytest.raises(ValueError, match="at least one minibatch, and none was added"),
+        pytest.raises(ValueError, match="minibatch of 1 images or more, and none"),
     ):
         metric.compute()
     for number, batch in enumerate(stream):
-        metric.update(reduced=batch, batch=number)
+        metric.update(batch, batch=number)
     assert metric.compute().equals(before)
     some = dict(list(stream[0].items())[1:])
     with pytest.raises(ValueError, match=r"same taps; this differs in \['blocks.0.attn'\]"):
-        metric.update(reduced=some)
-    with pytest.raises(ValueError, match="at least 2 groups of minibatches, not 1"):
-        NormRatio(groups=1)
+        metric.update(some)
 
 
 def one_of_two(rank, folder, batches):
     dist.init_process_group(
         "gloo", f"file://{folder}/store", timedelta(seconds=60), world_size=2, rank=rank
     )
-    metric = NormRatio(groups=4)
+    metric = NormRatio()
+    metric.groups = 4
     for number in range(rank, len(batches), 2):
-        metric.update(reduced=batches[number], batch=number)
+        metric.update(batches[number], batch=number)
     torch.save(metric.compute()["residual"].values, folder / str(rank))
     dist.destroy_process_group()
 
@@ -456,7 +455,7 @@ class Study:
         return pixels.float() / 64 - 2
 
 
-def test_it_rides_the_pass_of_other_measurements(tmp_path, monkeypatch):
+def test_it_shares_the_pass_of_other_measurements(tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
     roles = ["vit", "vit_gap", "mixer", "resnet", "vit_no_skip_middle"]
     record = measure(Study(), roles, [MinibatchCKA("blocks"), NormRatio()], 16, 8)
@@ -487,7 +486,7 @@ def test_it_rides_the_pass_of_other_measurements(tmp_path, monkeypatch):
         np.testing.assert_allclose(both, one, atol=1e-6)
 
 
-# Statistics of the claims -------------------------------------------------------------------------
+# Curves -------------------------------------------------------------------------
 
 BLOCKS, UNITS = 8, 13
 
@@ -518,7 +517,7 @@ def world(**changes):
     return xr.Dataset(
         {
             "residual": (("branch", "token", "quantity"), values),
-            "residual_sums": (("group", "branch", "token", "summed", "part"), sums),
+            "residual_sums": (("group", "branch", "token", "summed", "sum_and_count"), sums),
             "residual_histogram": (("group", "branch", "token", "bin"), histogram),
             "projected": ("branch", projected),
         },
@@ -526,82 +525,21 @@ def world(**changes):
     )
 
 
-STEP = np.repeat([1.0, 0.0], BLOCKS // 2)  # 1 in the first half of the blocks
-BOTH = ("attention", "mlp")
-
-
-def of_class(values, sublayers=BOTH, quantity="ratio"):
-    return {f"vit_{sub}_class_{quantity}": values for sub in sublayers}
-
-
-def of_patches(values, sublayers=BOTH, quantity="ratio"):
-    return {f"vit_{sub}_patch_{quantity}": values for sub in sublayers}
-
-
-def by_means(curves):
-    return norm_ratio.above_resnet(curves, "ratio")
-
-
-@pytest.mark.parametrize(
-    ("statistic", "changes", "expected"),
-    [
-        # Twice the patches' ratio early, half of it late.
-        (norm_ratio.crossing, of_class(2 * 2.0 ** (2 * STEP - 1)), 1.0),
-        (norm_ratio.crossing, of_class(2 * 2.0 ** (1 - 2 * STEP)), -1.0),
-        (norm_ratio.crossing, of_class(4.0), -1.0),  # above throughout: no crossing
-        (norm_ratio.crossing, of_class(1.0), -1.0),
-        (norm_ratio.crossing, {}, 0.0),
-        (norm_ratio.crossing, of_class(2 * 2.0 ** (2 * STEP - 1), ["mlp"]), 0.5),
-        # The first block's class token does not count.
-        (norm_ratio.crossing, of_class(np.array([1e-3, 4, 4, 4, 1, 1, 1, 1])), 1.0),
-        (by_means, of_patches(8.0), 2.0),
-        (by_means, of_patches(0.5), -2.0),
-        (by_means, of_patches(8.0, ["attention"]), 1.0),  # 8 of 16: between the two
-        (by_means, {"resnet_unit_patch_ratio": [64, 2, 2, 64, 2, 2, 2, 64] + [2] * 5}, 0.0),
-        (norm_ratio.class_changes_late, of_class(2.0 ** (3 * STEP)), 3.0),
-        (norm_ratio.class_changes_late, of_class(2.0 ** (-3 * STEP)), -3.0),
-        (norm_ratio.class_changes_by_mlp, of_class(1.0, ["mlp"]), 1.0),
-        (norm_ratio.class_changes_by_mlp, of_class(2 * 2.0 ** -STEP, ["mlp"]), 0.0),  # early only
-        (norm_ratio.patches_align, of_patches(0.9 - 0.4 * STEP, quantity="cosine"), 0.4),
-        (norm_ratio.patches_align, of_patches(0.5 + 0.4 * STEP, quantity="cosine"), -0.4),
-        (norm_ratio.patches_aligned, of_patches(0.97, quantity="cosine"), 0.97),
-        (norm_ratio.patches_aligned, of_patches(0.9, ["mlp"], quantity="cosine"), 0.7),
-        (norm_ratio.class_turns, of_class(0.6 + 0.3 * STEP, quantity="cosine"), 0.3),
-        (norm_ratio.class_turns, of_class(0.9 - 0.3 * STEP, quantity="cosine"), -0.3),
-    ],
-)  # fmt: skip
-def test_statistics_are_what_they_say(statistic, changes, expected):
-    record = world(**changes)
-    assert statistic(Curves(record)) == pytest.approx(expected, abs=1e-9)
-    value, low, high = estimate(record, statistic)
-    assert value == pytest.approx(expected, abs=5e-3)
-    assert low < value < high
-    assert high - low < 0.05
-
-
-def test_statistics_of_medians_are_read_from_the_histograms():
-    record = world(**of_class(2 * 2.0 ** (2 * STEP - 1), quantity="median"))
-    value, _, _ = estimate(record, lambda curves: norm_ratio.crossing(curves, "median"))
-    assert value == pytest.approx(1, abs=0.1)  # within a bin
-    assert estimate(record, norm_ratio.crossing)[0] == pytest.approx(0, abs=5e-3)
-    record = world(**of_patches(8.0, quantity="median"), resnet_unit_patch_ratio=np.inf)
-    assert estimate(record, norm_ratio.above_resnet)[0] == pytest.approx(2, abs=0.1)
+def test_statistics_of_means_and_of_medians_have_intervals():
+    record = world(vit_mlp_class_ratio=8.0, vit_mlp_class_median=4.0)
+    for quantity, expected, slack in (("ratio", 8, 0.02), ("median", 4, 0.2)):
+        found = estimate(record, lambda c, q=quantity: c("vit", "mlp", "class", q).mean())
+        assert found.value == pytest.approx(expected, abs=slack)  # a median within its bin
+        assert found.low <= found.value <= found.high
+        assert found.high - found.low < 0.1
+    others = estimate(record, lambda curves: curves("vit", "attention", "class").mean())
+    assert others.value == pytest.approx(2, abs=0.02)
 
 
 def test_an_infinite_mean_has_no_interval():
-    _, low, high = estimate(world(**of_patches(np.inf)), norm_ratio.crossing)
-    assert np.isnan([low, high]).all()
-
-
-def test_the_class_token_over_the_patches_is_told_for_each_half():
-    record = world(**of_class(2 * 2.0 ** (3 * STEP - 1)))
-    assert norm_ratio.class_over_patches(Curves(record)) == pytest.approx((2, -1))
-
-
-def test_the_first_block_counts_where_it_is_asked_to():
-    record = world(**of_class(np.array([0.25, 4, 4, 4, 1, 1, 1, 1])))
-    all_blocks = norm_ratio.crossing(Curves(record), skip_first=False)
-    assert all_blocks == pytest.approx((-3 + 1 + 1 + 1) / 4)
+    record = world(vit_mlp_patch_ratio=np.inf)
+    found = estimate(record, lambda curves: curves("vit", "mlp").mean())
+    assert np.isnan([found.low, found.high]).all()
 
 
 def test_another_network_can_play_a_role_and_a_missing_one_is_named():
@@ -613,4 +551,4 @@ def test_another_network_can_play_a_role_and_a_missing_one_is_named():
     ):
         Curves(record, cast)("vit", "mlp")
     with pytest.raises(ValueError, match=r"^no attention of 'mixer' was measured"):
-        estimate(record, norm_ratio.crossing, {"vit": "mixer"})
+        estimate(record, lambda c: c("vit", "attention").mean(), {"vit": "mixer"})

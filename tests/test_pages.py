@@ -25,7 +25,7 @@ def test_other_studies_are_as_the_page_says():
     table = {row[0]: row[1:] for row in rows if len(row) == 3}
     for place, name in enumerate(("tiny-imagenet-small", "tiny-imagenet")):
         study = load_study(name)
-        recipe, apart = study.recipe, study.of_each_class - study.trained_on
+        recipe, apart = study.role("vit").recipe, study.of_each_class - study.trained_on
         said = {what: columns[place] for what, columns in table.items()}
         assert said["trained on"] == f"{study.trained_on} of each class, {recipe.distinct:,}"
         assert recipe.distinct == study.trained_on * study.size.classes

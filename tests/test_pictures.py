@@ -131,6 +131,7 @@ def break_some(folder):
     (folder / "d" / "broken.png").write_bytes(broken)
     (folder / "notes.txt").write_text("not a picture, and not counted")
     (folder / "d" / "._0.png").write_bytes(b"of a Macintosh")
+    Image.fromarray(np.full((9, 9), 200, dtype=np.int32)).save(folder / "d" / "int.tif")
 
 
 def seed_that_draws_last(path):
@@ -149,7 +150,7 @@ def test_broken_files_are_counted_once_and_others_take_their_place(folder):
     with pytest.warns(UserWarning, match="could not be used") as caught:
         images = read(in_folder(folder), 8, seed=seed_that_draws_last(folder / "d" / "1.png"))
     (warning,) = [str(w.message) for w in caught]
-    assert warning.startswith("6 of the pictures could not be used, and others of ")
+    assert warning.startswith("7 of the pictures could not be used, and others of ")
     assert f"{folder} take their place: " in warning
     for reason in (
         "1 empty (0.png)",
@@ -157,6 +158,7 @@ def test_broken_files_are_counted_once_and_others_take_their_place(folder):
         "1 no picture of a known format (page.jpg)",
         "1 more than 20 times as long as wide (strip.png)",
         "1 in floating point, with no known range (float.tif)",
+        "1 in 32-bit integers, with no known range (int.tif)",
         "1 damaged (broken.png)",
     ):
         assert reason in warning
@@ -230,6 +232,46 @@ def test_some_of_the_images_keep_what_is_known_of_them():
     part = images[1:3]
     assert part.labels.tolist() == [10, 20]
     assert torch.equal(part.boxes, images.boxes[1:3])
+
+
+@pytest.mark.parametrize(
+    "left", [".ipynb_checkpoints", ".Trash-1000", "@eaDir", "__MACOSX", ".cache", "$RECYCLE.BIN"]
+)
+def test_folders_that_systems_leave_behind_hold_no_pictures(folder, left):
+    before = in_folder(folder)
+    for place in (folder, folder / "a", folder / "a" / left / "b"):
+        (place / left).mkdir(parents=True)
+        noise(50).save(place / left / "x.png")
+    noise(51).save(folder / "b" / "._0.png")
+    (folder / "b" / "folder.jpg").mkdir()
+    assert in_folder(folder) == before
+
+
+def test_a_hidden_folder_beside_splits_is_no_class(tmp_path):
+    for name in ("train", "val", ".cache"):
+        (tmp_path / name).mkdir()
+        noise(0).save(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match="holds train and val: name one of them"):
+        in_folder(tmp_path)
+
+
+def test_a_hidden_folder_may_hold_the_folder(tmp_path):
+    (tmp_path / ".data" / "a").mkdir(parents=True)
+    noise(0).save(tmp_path / ".data" / "a" / "0.png")
+    assert in_folder(tmp_path / ".data").classes == ["a"]
+
+
+def test_equal_pictures_are_counted_once(folder):
+    for k, name in enumerate(("a/0.png", "a/0.png", "c/2.png")):
+        (folder / "b" / f"copy{k}.png").write_bytes((folder / name).read_bytes())
+    with pytest.warns(UserWarning, match=r"^3 of 13 pictures of .* equal another") as caught:
+        read(in_folder(folder), 13)
+    assert len(caught) == 1
+
+
+def test_a_crop_larger_than_the_picture_is_refused(folder):
+    with pytest.raises(ValueError, match="crop is 384 and should be at most resize, which is 256"):
+        read(in_folder(folder), 2, resize=256, crop=384)
 
 
 @pytest.mark.parametrize("case", ["nothing", "empty", "no pictures", "splits"])
@@ -314,7 +356,7 @@ def test_torchvision_downloads_once(imagenette, tmp_path):
 def test_half_a_download_leaves_nothing(imagenette, tmp_path):
     whole = imagenette.sent
     imagenette.sent = whole[: len(whole) // 2]
-    with pytest.raises(OSError, match="torchvision could not download Imagenette") as error:
+    with pytest.raises(OSError, match="Imagenette could not be downloaded") as error:
         nette(tmp_path / "data")
     assert "a folder of pictures instead" in str(error.value)
     assert "\n" not in str(error.value)

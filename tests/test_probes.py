@@ -9,6 +9,7 @@ from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
 from lib.measure import measure
+from lib.measurements.places import Layout
 from lib.measurements.probes import (
     PENALTIES,
     READOUTS,
@@ -16,16 +17,15 @@ from lib.measurements.probes import (
     Probes,
     few_shot,
     into_channels,
-    mean_interval,
     negative_error,
-    pixel_error,
-    r_squared,
     read,
     read_out,
     ridge,
     signs,
 )
 from lib.studies import load_study
+from lib.studies.images import Images
+from lib.taps import TapError
 
 CLASSES, CELLS, WIDTH = 4, 9, 12
 
@@ -49,12 +49,28 @@ def planted(n=320, strength=2.0, cells=range(CELLS), seed=0, width=WIDTH, first=
     return tokens, labels, 8 + draw(n, 2, seed=seed + 2)
 
 
-def probed(tokens, labels, centres, batch=48, **settings):
-    metric = Probes(**settings)
-    parts = (tokens.split(batch), labels.split(batch), centres.split(batch))
-    for x, y, where in zip(*parts, strict=True):
-        metric.update({"a": x}, labels=y, centres=where)
+def around(labels, centres):
+    """Images of objects that lie around some centres."""
+    n = len(labels)
+    return Images(torch.zeros(n, 3, 1, 1), labels, torch.cat([centres - 2, centres + 2], 1))
+
+
+def feed(metric, tokens, images, batch=None, first=1):
+    where = Layout(first, class_token=first > 0)
+    metric.update({"a": metric.reduce(tokens, where)}, images, batch)
+
+
+def probed(tokens, labels, centres, batch=48, first=1, **settings):
+    metric, images = Probes(**settings), around(labels, centres)
+    for start in range(0, len(labels), batch):
+        part = slice(start, start + batch)
+        feed(metric, tokens[part], images[part], first=first)
     return metric.compute()
+
+
+def r_squared(found, true):
+    """Share of the variance of the true centres that the found ones explain."""
+    return r2_score(true, found, multioutput="variance_weighted")
 
 
 def by_chance(right) -> bool:
@@ -197,7 +213,9 @@ def test_a_planted_signal_is_found_where_it_is():
     assert by_chance(record["right"].sel(readout="first patch"))
     # 2 of 9 cells: diluted in the mean, but it is there.
     assert record["right"].sel(readout="mean of patches").mean() > 0.6
-    assert np.allclose(record["token_right"].mean("image"), record["token_accuracy"].mean("token"))
+    assert np.allclose(
+        record["token_right"].mean("image"), record["token_accuracy"].mean("probe_cell")
+    )
 
 
 def test_random_features_are_at_chance():
@@ -226,7 +244,7 @@ def test_each_readout_reads_its_own_tokens():
 
 def test_without_a_class_token_it_cannot_be_read():
     tokens, labels, centres = planted(n=320, first=0)
-    record = probed(tokens, labels, centres)
+    record = probed(tokens, labels, centres, first=0)
     assert record["right"].sel(readout="class token").isnull().all()
     assert record["penalty"].sel(probe="class token").isnull().all()
     same = [record["right"].sel(readout=one).values for one in ("mean of patches", "mean of all")]
@@ -236,11 +254,11 @@ def test_without_a_class_token_it_cannot_be_read():
 def test_a_feature_map_is_read_like_tokens():
     tokens, labels, centres = planted(n=320, first=0)
     as_map = tokens.mT.unflatten(2, (3, 3))
-    one, other = (probed(x, labels, centres) for x in (tokens, as_map))
+    one, other = (probed(x, labels, centres, first=0) for x in (tokens, as_map))
     assert np.allclose(one["token_accuracy"], other["token_accuracy"])
     finer = as_map.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert np.allclose(
-        one["token_accuracy"], probed(finer, labels, centres, grid=3)["token_accuracy"]
+        one["token_accuracy"], probed(finer, labels, centres, first=0, grid=3)["token_accuracy"]
     )
 
 
@@ -280,12 +298,13 @@ def test_the_centre_is_read_from_where_the_object_is():
     tokens = 0.1 * draw(n, 9, WIDTH)
     tokens[torch.arange(n), where, 0] += 1
     centres = torch.stack([where % 3, where // 3], dim=1) * 4.0 + 2
-    record = probed(tokens, where % CLASSES, centres, shots=40)
+    record = probed(tokens, where % CLASSES, centres, first=0, shots=40)
     found, true = record["centre"].sel(tap="a"), record["true_centre"]
     assert true.shape == (600 - 3 * 40 * CLASSES, 2)
     assert r_squared(found.sel(arrangement="patches side by side"), true) > 0.8
     assert r_squared(found.sel(arrangement="mean of patches"), true) < 0.1
-    assert pixel_error(found.sel(arrangement="patches side by side"), true).mean() < 2
+    apart = found.sel(arrangement="patches side by side") - true
+    assert np.hypot(*apart.values.T).mean() < 2
 
 
 # Keeping the features -----------------------------------------------------------------------------
@@ -294,11 +313,10 @@ def test_the_centre_is_read_from_where_the_object_is():
 def test_batches_may_come_in_any_order():
     tokens, labels, centres = planted(n=320)
     metric = Probes()
-    parts = [split.split(48) for split in (tokens, labels, centres)]
+    images = around(labels, centres)
     for batch in (3, 0, 6, 4, 2, 5, 1):
-        x, y, where = (part[batch] for part in parts)
-        kept = {"a": metric.reduce(x), "images": {"labels": y, "centres": where}}
-        metric.update(reduced=kept, batch=batch)
+        part = slice(batch * 48, (batch + 1) * 48)
+        feed(metric, tokens[part], images[part], batch)
     dealt, straight = metric.compute(), probed(tokens, labels, centres)
     assert np.array_equal(dealt["right"], straight["right"])
     assert np.array_equal(dealt["true_centre"], straight["true_centre"])
@@ -316,20 +334,20 @@ def test_the_budget_is_kept():
 
 def test_mistakes_are_refused():
     tokens, labels, centres = planted(n=320)
-    with pytest.raises(ValueError, match=r"^give update\(\) activations, labels and centres$"):
-        Probes().update({"a": tokens})
-    with pytest.raises(ValueError, match=r"of the same images; got {'a': 320, 'labels': 100}$"):
-        Probes().update({"a": tokens}, labels=labels[:100], centres=centres)
+    images = around(labels, centres)
+    with pytest.raises(ValueError, match=r"all taps must see the same 100 images; got {'a': 320}$"):
+        feed(Probes(), tokens, images[:100])
     with pytest.raises(ValueError, match="at least 2 of them"):
         Probes(draws=1)
-    with pytest.raises(ValueError, match="has no places in the image"):
-        Probes().update({"a": draw(8, 5)}, labels=labels[:8], centres=centres[:8])
+    with pytest.raises(TapError, match="has no places in the image"):
+        Probes().reduce(draw(8, 5))
     metric = Probes()
-    metric.update({"a": tokens}, labels=labels, centres=centres)
+    feed(metric, tokens, images)
+    kept = {"b": metric.reduce(tokens, Layout(1, class_token=True))}
     with pytest.raises(ValueError, match=r"this differs in \['a', 'b'\]$"):
-        metric.update({"b": tokens}, labels=labels, centres=centres)
+        metric.update(kept, images)
     metric.reset()
-    metric.update({"b": tokens}, labels=labels, centres=centres)
+    metric.update(kept, images)
     assert metric.compute()["tap"].values.tolist() == ["b"]
 
 
@@ -344,38 +362,41 @@ def test_locations_become_channels_as_far_as_they_fit(channels, side, expected):
     assert kept.shape == (2, 2 + 64, expected[0])
 
 
-# Scores -------------------------------------------------------------------------------------------
+# What is no class token, and what is no number ----------------------------------------------------
 
 
-def test_r_squared_is_scikit_learns():
-    true = draw(50, 2).numpy()
-    found = true + 0.3 * draw(50, 2, seed=1).numpy()
-    expected = r2_score(true, found, multioutput="variance_weighted")
-    assert r_squared(found, true) == pytest.approx(expected)
-    assert pixel_error([[3, 4]], [[0, 0]]).tolist() == [5]
+def test_a_register_is_never_read_as_a_class_token():
+    tokens, labels, centres = planted(n=320, strength=0.0)
+    tokens[:, 0] += 3 * draw(CLASSES, WIDTH, seed=77)[labels]  # the label is in the first token
+    metric, images = Probes(), around(labels, centres)
+    metric.update({"a": metric.reduce(tokens, Layout(1, class_token=False))}, images)
+    right = metric.compute()["right"]
+    assert right.sel(readout="class token").isnull().all()
+    assert right.sel(readout="mean of all").mean() > 0.4  # of which it is one
+    assert by_chance(right.sel(readout="first patch", draw=0))
 
 
-def test_the_interval_is_that_of_images_if_draws_agree():
-    scores = np.repeat((draw(1, 200) > 0).numpy(), 3, axis=0).astype(float)
-    value, low, high = mean_interval(scores)
-    margin = stats.t.ppf(0.975, 199) * scores[0].std(ddof=1) / np.sqrt(200)
-    assert (value, low, high) == pytest.approx((scores.mean(), value - margin, value + margin))
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["a training image", "the first image", "a test image", "all"])
+def test_one_number_that_is_not_finite_leaves_no_accuracy(bad, where):
+    tokens, labels, centres = planted(n=320)
+    drawn = torch.cat(few_shot(labels, 10, 3))
+    image = {"a training image": drawn[17], "the first image": 0, "a test image": left_over(labels)}
+    tokens[image.get(where, slice(None)), 1] = bad  # of the first patch
+    with pytest.warns(UserWarning, match="^features of a are not finite: not probed"):
+        record = probed(tokens, labels, centres)
+    for readout in ("mean of patches", "mean of all", "first patch"):
+        assert record["right"].sel(readout=readout).isnull().all()
+    assert record["right"].sel(readout="class token").mean() > 0.0
+    assert record["token_right"].isnull().all()
+    assert record["centre"].isnull().all()
 
 
-def test_the_interval_covers_the_truth_over_draws_and_images():
-    stream = np.random.default_rng(0)
-    covered = []
-    for _ in range(400):
-        scores = 0.03 * stream.normal(size=(3, 1)) + stream.normal(0.4, 0.5, size=(1, 300))
-        scores = scores + 0.3 * stream.normal(size=(3, 300))
-        _, low, high = mean_interval(scores)
-        covered.append(low <= 0.4 <= high)
-    assert 0.92 <= np.mean(covered) <= 0.99
-
-
-def test_scores_that_never_differ_have_no_width():
-    assert mean_interval(np.ones((3, 10))) == (1, 1, 1)
-    assert np.isnan(mean_interval(np.full((3, 10), np.nan))).all()
+def test_objects_whose_place_is_unknown_leave_no_centre():
+    tokens, labels, centres = planted(n=320)
+    record = probed(tokens, labels, centres * torch.nan)
+    assert record["centre"].isnull().all()
+    assert record["right"].mean() > 0.5
 
 
 # In the book --------------------------------------------------------------------------------------

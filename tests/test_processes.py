@@ -39,8 +39,9 @@ def run(case, folder):
     n, size = CASES[case]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        measurements = [MinibatchCKA("blocks", groups=3), Localisation(["blocks.0"], groups=3)]
-        return measuring.measure(load_study("lab"), ["vit_untrained"], measurements, n, size)
+        measurements = [MinibatchCKA("blocks"), Localisation(["blocks.0"])]
+        study = load_study("lab")
+        return measuring.measure(study, ["vit_untrained"], measurements, n, size, groups=3)
 
 
 def one_of(rank, count, folder):

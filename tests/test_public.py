@@ -21,7 +21,8 @@ from lib.measure import measure
 from lib.measurements.localisation import Localisation
 from lib.measurements.probes import Probes
 from lib.records import ROOT, between, weights_hash
-from lib.studies import PUBLIC, Lab, Public, PublicRole, hub, load_study, study_names
+from lib.studies import STUDIES, hub, load_study
+from lib.studies.public import Public, PublicRole
 from lib.taps import tap_names
 
 SHIPPED = ["imagenet-small", "imagenet", "imagenet-paper"]
@@ -74,17 +75,9 @@ def mine(tmp_path, pictures):
 
 
 def test_the_book_has_three_sizes():
-    assert study_names() == [
-        "lab",
-        "lab-third-seed",
-        "lab-long",
-        "lab-faint",
-        "lab-masked",
-        "tiny-imagenet-small",
-        "tiny-imagenet",
-        *SHIPPED,
-    ]
-    assert sorted(path.stem for path in PUBLIC.glob("*.toml")) == sorted(SHIPPED)
+    assert [name for name in STUDIES if isinstance(load_study(name), Public)] == SHIPPED
+    files = (ROOT / "lib" / "studies").glob("*.toml")
+    assert sorted(path.stem for path in files) == sorted(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -149,7 +142,8 @@ def test_a_role_that_public_checkpoints_lack_is_one_sentence():
 def test_a_file_is_a_study(mine, monkeypatch):
     study = load_study(str(mine))
     assert (study.name, study.purpose) == ("mine", "a try")
-    assert study.roles["vit"] == PublicRole("test_vit.r160_in1k", "a tiny ViT")
+    expected = PublicRole("test_vit.r160_in1k", "a tiny ViT", name="vit", arm="vit", family="vit")
+    assert study.roles["vit"] == expected
     assert study.classes == ["a", "b"]
     images = study.images(6)
     assert images.pixels.shape == (6, 3, 224, 224)
@@ -179,12 +173,33 @@ def test_paths_may_have_variables(mine, monkeypatch, pictures):
         ("[images]", "[images", "mine.toml is not valid TOML: .*line"),
         ("folder =", "foldr =", "either folder = ... or dataset = ..."),
         ('folder = "pictures"', 'folder = "x"\ndataset = "Imagenette"', "either folder"),
-        ('folder = "pictures"', 'folder = "x"\nsplit = "val"', "images.split means nothing here"),
-        ("purpose =", "porpoise =", "porpoise means nothing here; known are images, purpose"),
-        ("seed = 3", "sead = 3", "roles.resnet.sead means nothing here; .*seed"),
-        ('model = "test_vit.r160_in1k"', "", "the role 'vit' needs model"),
-        (ROLES, "", "needs roles"),
-        (ROLES, "[roles]\nvit = 3", "roles.vit must be a table"),
+        (
+            'folder = "pictures"',
+            'folder = "x"\nsplit = "val"',
+            "images: `split` means nothing here; known are",
+        ),
+        ("purpose =", "porpoise =", "the file: `porpoise` means nothing here; known are images, r"),
+        ("seed = 3", "sead = 3", "roles.resnet: `sead` means nothing here; known are model, "),
+        ('model = "test_vit.r160_in1k"', "", "roles.vit: .*required field `model`"),
+        (ROLES, "", "the file: .*required field `roles`"),
+        (ROLES, "[roles]", "roles needs one at least"),
+        (ROLES, "[roles]\nvit = 3", "roles.*: Expected a table, got `int`"),
+        (ROLES, "[[roles]]\nvit = 3", "roles: Expected a table, got an array"),
+        ('"pictures"', "5", "images.folder: Expected `str.*, got `int`"),
+        ("[roles.vit]", "crop = 64.0\n[roles.vit]", "images.crop: Expected `int`, got `float`"),
+        ("[roles.vit]", "crop = true\n[roles.vit]", "images.crop: Expected `int`, got `bool`"),
+        ("[roles.vit]", 'resize = "64"\n[roles.vit]', "images.resize: Expected `int`, got `str`"),
+        ("[roles.vit]", "crop = 384\n[roles.vit]", "images.crop is 384, .*at most .*256"),
+        ("[roles.vit]", "crop = 0\n[roles.vit]", "images.crop is 0, and expected is at least 1"),
+        ('"test_vit.r160_in1k"', "5", "roles.vit.model: Expected `str`, got `int`"),
+        ('"test_vit.r160_in1k"', '["x"]', "roles.vit.model: Expected `str`, got an array"),
+        ("seed = 3", "weights = 5", "roles.resnet.weights: Expected `str.*, got `int`"),
+        ("[roles.vit]", "[roles.vit_untrained]", "roles.vit_untrained is no name of a role"),
+        (
+            "[roles.vit]",
+            '[roles."vit/b"]',
+            "roles.vit/b is no name of a role: expected are letters",
+        ),
     ],
 )
 def test_mistakes_in_a_file_are_one_sentence(mine, before, after, says):
@@ -192,6 +207,34 @@ def test_mistakes_in_a_file_are_one_sentence(mine, before, after, says):
     with pytest.raises(ValueError, match=says) as error:
         load_study(str(mine))
     assert "mine.toml" in sentence(error)
+
+
+def test_a_file_may_begin_with_a_mark_of_its_encoding(mine):
+    mine.write_bytes(b"\xef\xbb\xbf" + mine.read_bytes())
+    assert load_study(str(mine)).purpose == "a try"
+
+
+def test_replicates_of_ones_own(mine):
+    mine.write_text(
+        mine.read_text() + '[roles.two]\nmodel = "test_vit"\narm = "vit"\nreplicate = 1'
+    )
+    study = load_study(str(mine))
+    assert [study.find("vit", k).name for k in (0, 1)] == ["vit", "two"]
+    names = [study.find("vit", k, trained=False).name for k in (0, 1, 2)]
+    assert names == ["vit_untrained", "two_untrained", "vit_seed_2_untrained"]
+
+
+def test_pictures_of_another_folder_take_the_place_of_those_that_were_read(mine, pictures):
+    study = load_study(str(mine))
+    before = study.images(6)
+    study.use_folder(pictures / "b")
+    after = study.images(6)
+    expected = load_study(str(mine))
+    expected.use_folder(pictures / "b")
+    assert torch.equal(after.pixels, expected.images(6).pixels)
+    assert not torch.equal(after.pixels, before.pixels)
+    assert not after.labelled
+    assert study.facts(["vit"])["pictures"] == "b"
 
 
 @pytest.mark.parametrize("name", ["imagenet-tiny", "nowhere.toml"])
@@ -352,8 +395,9 @@ def test_networks_and_pictures_from_the_command_line(pictures, tmp_path, capsys)
         assert main(["measure", *again, *size, "--out", out]) == 0
 
 
-def test_lab_and_public_studies_speak_the_same_language():
-    shared = {"name", "classes", "roles", "images", "to_input", "role", "model", "cards", "has"}
-    for kind in (Lab, Public):
-        assert all(hasattr(kind, name) or name in ("name", "roles") for name in shared)
+def test_all_studies_speak_the_same_language():
+    shared = ("name", "purpose", "roles", "baselines", "cards", "images", "to_input", "model")
+    for study in map(load_study, STUDIES):
+        assert all(hasattr(study, name) for name in (*shared, "role", "find", "those"))
+        assert hasattr(type(study), "classes")
     assert {f.name for f in dataclasses.fields(PublicRole)} >= {"model", "purpose", "licence"}

@@ -1,16 +1,17 @@
 """Receptive fields that are known: stacks of convolutions, and tokens that never meet."""
 
+import inspect
+
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
+from lib.intervals import jackknife
 from lib.measurements.receptive_field import (
-    central_share,
     dominance,
     estimate,
-    kernel_width,
     measure_receptive_fields,
     patch_shares,
     radius,
@@ -88,7 +89,7 @@ def test_tokens_that_never_meet_see_their_own_patch(prefix):
     record = receptive_field(model, draw(4, 3, 32, 32), "blocks.*")
     for tap in ("blocks.0", "blocks.1"):
         field, centre = field_of(record, tap)
-        assert central_share(field, centre, 8) == pytest.approx(1, abs=1e-6)
+        assert patch_shares(field, centre, 8)[4, 4] == pytest.approx(1, abs=1e-6)
         assert np.count_nonzero(field) == 64
         assert dominance(field, centre, 8) == pytest.approx(1, abs=1e-6)
 
@@ -98,7 +99,8 @@ def test_attention_makes_them_meet_and_skips_keep_the_own_patch():
     after, branch = (field_of(record, f"blocks.1{part}") for part in ("", ".attn"))
     assert np.count_nonzero(after[0]) > 32**2
     assert dominance(*after, 8) > 0.2
-    assert central_share(*after, 8) > 2 * central_share(*branch, 8)
+    own_after, own_branch = (patch_shares(*one, 8)[4, 4] for one in (after, branch))
+    assert own_after > 2 * own_branch
 
 
 def test_against_the_definition():
@@ -199,14 +201,6 @@ def test_a_field_of_nothing_has_no_radius():
     assert np.isnan(radius(np.zeros((9, 9)), 4))
 
 
-def test_kernels_reach_as_far_as_is_known():
-    lab = load_study("lab").model("resnet_untrained")  # 3 x 3 each, stride 2 from the second stage
-    assert kernel_width(lab, "stages.0.blocks.2") == 1 + 2 * (1 + 3)
-    assert kernel_width(lab, "stages.1.blocks.3") == 9 + 2 * (1 + 2 * 3)
-    # As tabulated by Araujo et al. (2019), "Computing receptive fields".
-    assert kernel_width(timm.create_model("resnet18"), "layer4.1") == 435
-
-
 def test_radius_of_a_disk_and_of_a_point():
     y, x = np.mgrid[-40:41, -40:41]
     disk = (np.hypot(y, x) <= 30).astype(float)
@@ -226,11 +220,11 @@ def test_shares_of_patches():
     shares = patch_shares(field, 5.5, 4)
     assert shares.shape == (3, 3)
     assert shares.sum() == pytest.approx(1)
-    assert shares[1, 1] == central_share(field, 5.5, 4) == pytest.approx(0.8)
+    assert shares[1, 1] == pytest.approx(0.8)
     assert shares[0, 2] == pytest.approx(0.2)
     assert dominance(field, 5.5, 4) == pytest.approx(0.6)
     # Around a pixel's centre the square cuts pixels in half.
-    assert central_share(np.ones((9, 9)), 4, 4) == pytest.approx(16 / 81)
+    assert patch_shares(np.ones((9, 9)), 4, 4)[1, 1] == pytest.approx(16 / 81)
     assert patch_shares(np.ones((9, 9)), 4, 4).sum() == pytest.approx(1)
 
 
@@ -247,10 +241,11 @@ def test_the_interval_is_over_images():
     record = receptive_field(convolutions(1), draw(4, 3, 9, 9), ["0"]).assign(
         field=(("group", "tap", "y", "x"), field)
     )
-    value, low, high = estimate(record, lambda fields: central_share(*fields["0"], 1))
+    found = estimate(record, lambda fields: patch_shares(*fields["0"], 1)[4, 4])
     left_out = np.array([3 / (3 + 10 - k) for k in (1, 2, 3, 4)])
     margin = 3.1824 * np.sqrt(3 * left_out.var())
-    assert (value, low, high) == pytest.approx((4 / 14, 4 / 14 - margin, 4 / 14 + margin), rel=1e-4)
+    expected = (4 / 14, 4 / 14 - margin, 4 / 14 + margin)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, rel=1e-4)
 
 
 def test_of_a_study(tmp_path, monkeypatch):
@@ -271,18 +266,55 @@ def test_of_a_study(tmp_path, monkeypatch):
     x = study.to_input(study.images(4).pixels, "vit")
     alone = receptive_field(study.model("vit_untrained"), x, ["blocks.0"], channels=1)
     assert record["field"].values[:, 0] == pytest.approx(alone["field"].values[:, 0], rel=1e-4)
-    assert record.attrs["channels"] == "1"
-    assert len(list(tmp_path.glob("*.nc"))) == 1
-    measure_receptive_fields(study, taps, n_images=4, channels=1)
-    assert len(list(tmp_path.glob("*.nc"))) == 1
-    measure_receptive_fields(study, taps, n_images=4, channels=2)
     assert len(list(tmp_path.glob("*.nc"))) == 2
+    measure_receptive_fields(study, taps, n_images=4, channels=1)
+    assert len(list(tmp_path.glob("*.nc"))) == 2  # one of each network
+    other = measure_receptive_fields(study, taps, n_images=4, channels=2)
+    assert len(list(tmp_path.glob("*.nc"))) == 4
+    assert not np.allclose(other["field"], record["field"])
+
+
+def simulated(n, groups, repeats=400, pixels=25, spread=0.6):
+    """How often intervals of radii cover that of all possible images.
+
+    Fields of images differ in how wide they are and how strong; each is counted in pixels that
+    lie on a line from the centre, as many at every distance as on a circle.
+    """
+    stream = np.random.default_rng(0)
+    far = np.arange(pixels)
+    frame = np.zeros((2 * pixels - 1, 1, 2 * pixels - 1))
+
+    def fields(n):
+        wide = 4 * np.exp(spread * stream.normal(size=(n, 1)))
+        strength = np.exp(0.5 * stream.normal(size=(n, 1)))
+        return strength * far * np.exp(-far / wide) / wide**2
+
+    def radius_of(sums, share):
+        frame[:] = 0
+        frame[pixels - 1, 0, pixels - 1 :] = sums
+        return radius(frame[:, 0], pixels - 1, share)
+
+    everything = fields(200_000).sum(0)
+    covered = []
+    for _ in range(repeats):
+        dealt = fields(n).reshape(-1, groups, pixels).sum(0)
+        for share in (0.5, 0.9):
+            found = jackknife(dealt, lambda sums, share=share: radius_of(sums, share))
+            covered.append(found.low <= radius_of(everything, share) <= found.high)
+    return np.mean(covered)
+
+
+def test_intervals_of_64_images_cover_the_radius_of_all_images():
+    defaults = inspect.signature(measure_receptive_fields).parameters["n_images"].default
+    groups = inspect.signature(receptive_field).parameters["groups"].default
+    assert (defaults, groups) == (64, 16)
+    assert 0.93 <= simulated(defaults, groups) <= 0.97
 
 
 REFUSED = {
     "pooled": (
         lambda: receptive_field(vit(), draw(2, 3, 32, 32), ["head"]),
-        r"a tensor of shape \(2, 5\) has no places in the image",
+        r"'head' of VisionTransformer lie in the image is not known: it makes \(5, 5\) of 5 images",
     ),
     "uneven": (
         lambda: receptive_field(nn.Sequential(nn.Conv2d(3, 2, 3)), draw(2, 3, 9, 9), ["0"]),

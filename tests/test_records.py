@@ -1,7 +1,8 @@
 """Records keep their numbers, their labels and where they come from, or are not there at all."""
 
-import linecache
+import importlib
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from torch import nn
 
 from lib import records
 from lib.records import between, cached, load, save, tensor_hash, weights_hash
-from lib.studies.images import Images
 
 
 @pytest.fixture
@@ -100,80 +100,129 @@ def test_a_record_is_complete_or_absent(record, tmp_path, monkeypatch, error, th
         assert path.read_bytes() == before
 
 
-def test_a_cached_record_is_computed_once_per_description(record, tmp_path, monkeypatch):
+CELL = """
+import random
+import xarray
+
+scale = {scale}
+
+def helper(x):
+    return {helper}
+
+def make(k):
+    def inner(x):
+        return k * helper(x)
+    return inner
+
+inner = make({closure})
+
+def compute(x, times={default}, *, more={keyword}):
+    value = float(inner(x).sum()) * scale * times + more
+    return xarray.Dataset({{"value": value, "drawn": random.random()}})
+"""
+PLAIN = {"scale": "2", "helper": "x + 1", "closure": "3", "default": "1", "keyword": "0"}
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """What a chapter's cell computes in a fresh kernel: a value, and a number drawn by chance."""
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
-    calls = []
 
-    def compute():
-        calls.append(1)
-        return record
+    def run(x=1.0, options=(), **changes):
+        space = {"__name__": "__main__"}
+        exec(CELL.format(**PLAIN | changes), space)
+        return cached(space["compute"], torch.full((2,), x), **dict(options))
 
-    facts = {"a": 1, "b": {"x": [1, 2]}}
-    cached(facts, compute)
-    assert cached({"b": {"x": [1, 2]}, "a": 1}, compute)["cka"].shape == (5, 5)
-    assert len(calls) == 1
-    cached({"a": 1, "b": {"x": [2, 1]}}, compute)
-    assert len(calls) == 2
-    assert len(list(tmp_path.iterdir())) == 2
-
-    def broken():
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        cached({"a": 2}, broken)
-    assert len(list(tmp_path.iterdir())) == 2
+    return run
 
 
-def test_a_cell_that_changed_measures_anew(record, tmp_path, monkeypatch):
-    """A notebook's own code is no part of the library: the cell as a whole is in the key."""
+def test_a_function_is_computed_once(cell, tmp_path):
+    first, again = cell(), cell()
+    xr.testing.assert_identical(first, again)  # also the number drawn by chance
+    assert float(first["value"]) == 24
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "change", "expected"),
+    [
+        ("argument", {"x": 2.0}, 36),
+        ("option", {"options": {"times": 2}}, 48),
+        ("global variable", {"scale": "3"}, 36),
+        ("function that is called", {"helper": "x + 3"}, 48),
+        ("closure", {"closure": "1"}, 8),
+        ("default", {"default": "10"}, 240),
+        ("default of a keyword", {"keyword": "1"}, 25),
+    ],
+)
+def test_whatever_changes_a_function_computes_it_anew(cell, what, change, expected):
+    before, after = cell(), cell(**change)
+    assert float(before["value"]) == 24
+    assert float(after["value"]) == expected, f"a change of the {what} went unnoticed"
+
+
+def test_what_cannot_be_hashed_is_computed_every_time(record, tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
-    calls = []
-
-    def cell(name, text):
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-        names = {"__name__": "__main__", "calls": calls, "record": record, "torch": torch}
-        exec(compile(text, name, "exec"), names)
-        cached({"a": 1}, names["compute"])
-        return len(calls)
-
-    text = "scale = 1\n@torch.no_grad()\ndef compute():\n    calls.append(1)\n    return record\n"
-    assert cell("<cell 1>", text) == 1
-    assert cell("<cell 2>", text) == 1  # the same cell in another kernel
-    assert cell("<cell 3>", text.replace("scale = 1", "scale = 2")) == 2
+    stream = np.random.default_rng(0)
+    for thing in (record, stream, np.array([object()]), (1, {"x": torch.Generator()})):
+        with pytest.raises(records.Unknown, match="holds cannot be told"):
+            records.digest(thing)
+        first, again = (cached(lambda _: xr.Dataset({"x": stream.random()}), thing) for _ in "ab")
+        assert first["x"] != again["x"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_inputs_differ_with_whatever_a_network_makes_of_images():
-    class Fake:
-        name = "fake"
+def test_a_failure_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        cached(lambda: 1 / 0)
+    assert not list(tmp_path.iterdir())
 
-        def to_input(self, pixels, role):
-            return pixels.float() / self.scale
 
-        scale = 1.0
+class Own(nn.Module):
+    """A reader's network with settings of every kind."""
 
-    def key(study=None, model=None, first=0):
-        pixels = torch.arange(first, first + 24, dtype=torch.uint8).view(2, 3, 2, 2)
-        network = model or nn.Linear(2, 2)
-        if model is None:
-            nn.init.ones_(network.weight)
-            nn.init.zeros_(network.bias)
-        return records.inputs(study or Fake(), {"net": network}, Images(pixels))
+    def __init__(self, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 2)
+        self.inner = nn.Identity()
+        for name, value in settings.items():
+            setattr(self.inner, name, value)
 
-    other_weight, other_structure, other_study = nn.Linear(2, 2), nn.Linear(2, 2), Fake()
-    nn.init.zeros_(other_weight.weight)
-    nn.init.zeros_(other_weight.bias)
-    nn.init.ones_(other_structure.weight)
-    nn.init.zeros_(other_structure.bias)
-    other_structure.extra_repr = lambda: "without its skip"
-    other_study.scale = 2.0
-    assert key() == key()
-    for changed in (
-        key(model=other_weight),
-        key(model=other_structure),
-        key(study=other_study),
-        key(first=1),
-    ):
-        assert changed != key()
+
+@pytest.mark.parametrize(
+    "one_and_other",
+    [
+        ({"heads": 4}, {"heads": 6}),
+        ({"skip": True}, {"skip": False}),
+        ({"scale": 0.5}, {"scale": 0.25}),
+        ({"grid": (7, 7)}, {"grid": (7, 8)}),
+        ({"mode": {"a": [1]}}, {"mode": {"a": [2]}}),
+        ({"act": torch.relu}, {"act": torch.tanh}),
+        ({"act": nn.functional.gelu}, {"act": nn.functional.silu}),
+        ({"act": lambda x: x + 1}, {"act": lambda x: x + 2}),
+        ({"mask": torch.ones(3)}, {"mask": torch.zeros(3)}),
+        ({"extra_repr": lambda: "a"}, {"extra_repr": lambda: "b"}),
+    ],
+    ids=lambda pair: next(iter(pair[0])),
+)
+def test_settings_of_networks_are_told_apart(one_and_other):
+    one, other = (records.digest(Own(**settings)) for settings in one_and_other)
+    assert one == records.digest(Own(**one_and_other[0]))
+    assert one != other
+
+
+def test_a_network_is_the_same_in_training_mode_and_with_other_weights_another():
+    model = Own()
+    before = records.digest(model)
+    assert records.digest(model.train()) == records.digest(model.eval()) == before
+    with torch.no_grad():
+        model.layer.bias[0] += 1
+    assert records.digest(model) != before
+    model.layer.bias.data[0] -= 1
+    model.register_forward_hook(lambda *_: None)
+    assert records.digest(model) != before
 
 
 # Parts of a record --------------------------------------------------------------------------------
@@ -281,20 +330,29 @@ def test_a_hash_of_weights_depends_on_every_value_and_every_name():
     assert len(hashes) == 5
 
 
-def test_the_code_is_hashed_without_what_no_number_runs_through(tmp_path, monkeypatch):
-    for name in ("cka", "plots", "claims"):
-        (tmp_path / f"{name}.py").write_text("1")
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+MEASURING = ("lib.measure", "lib.cka", "lib.measurements.probes", "lib.measurements.heads")
+MEASURING += ("lib.measurements.norm_ratio", "lib.measurements.receptive_field")
 
-    def changed(name, text):
-        (tmp_path / f"{name}.py").write_text(text)
-        return records.code_hash.__wrapped__()
 
-    before = records.code_hash.__wrapped__()
-    assert changed("plots", "2") == changed("claims", "2") == before
-    after = changed("cka", "2")
-    assert after != before
-    assert changed("taps", "3") != after
+@pytest.mark.parametrize("module", MEASURING)
+def test_only_what_a_measurement_runs_through_is_in_its_hash(module):
+    """So that another study, another claim or another page has nothing measured again."""
+    importlib.import_module(module)
+    found = records._imported(module)
+    assert module in found
+    assert "lib.taps" in found
+    rooms = {name.split(".")[1] for name in found}
+    assert rooms <= {"cka", "intervals", "measure", "measurements", "taps"}
+
+
+def test_a_hash_of_code_follows_its_imports(tmp_path, monkeypatch):
+    before = records.code_hash("lib.cka")
+    text = (records.ROOT / "lib" / "intervals.py").read_text("utf-8") + "\n# another line\n"
+    (tmp_path / "intervals.py").write_text(text)
+    monkeypatch.setattr(sys.modules["lib.intervals"], "__file__", str(tmp_path / "intervals.py"))
+    assert records.code_hash("lib.cka") != before
+    monkeypatch.undo()
+    assert records.code_hash("lib.cka") == before
 
 
 # Provenance ---------------------------------------------------------------------------------------
@@ -305,7 +363,7 @@ def test_provenance_is_text_and_names_no_machine():
     assert all(isinstance(value, str) for value in facts.values())
     assert facts["n"] == "3"
     assert facts["weights"] == "{'vit': '12'}"
-    assert {"date", "python", "torch", "timm", "numpy", "torchmetrics", "code"} <= facts.keys()
+    assert {"python", "torch", "timm", "numpy", "torchmetrics"} <= facts.keys()
     assert not any("/" in value for value in facts.values())
     assert records.versions()["torch"] == torch.__version__.split("+")[0]
 

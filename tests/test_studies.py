@@ -13,11 +13,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lib import records, studies
+from lib import records
 from lib.__main__ import main
-from lib.studies import CHECKPOINTS, Lab, Role, images, load_study, networks, training
+from lib.studies import STUDIES, checkpoints, images, load_study, networks, study, training
+from lib.studies import lab as labs
+from lib.studies.lab import ROLES, Lab
+from lib.studies.masked import MaskedRecipe
+from lib.studies.recipes import Recipe
 from lib.studies.scenes import TASKS
-from lib.studies.training import Recipe
+from lib.studies.study import WEIGHTS, TrainedRole
+from lib.taps import collect
 
 SIZE = 2_500_000  # bytes, of one file of weights
 GOOD = 0.6  # chance is 1/16, and either factor alone gives 1/4
@@ -63,18 +68,89 @@ def test_what_can_be_measured_has_weights_or_needs_none(lab, monkeypatch):
     assert public.those("vit_other_seed", "resnet_untrained", "vit") == ["resnet_untrained", "vit"]
 
 
-def test_shares_are_of_what_the_family_had(lab, monkeypatch):
+def test_shares_are_of_the_training_images(lab):
     assert [lab.share(role) for role in ("vit", "vit_data_10", "resnet_data_03")] == [1, 0.1, 0.03]
-    small = load_study("tiny-imagenet-small")
-    recipes = {role: dataclasses.asdict(small.role(role).recipe) for role in small.roles}
-    cards = {role: {"recipe": recipe} for role, recipe in recipes.items()}
-    monkeypatch.setattr(type(small), "cards", cards)
-    assert small.share("vit_data_10") == 0.1
-    assert small.share("vit_other_seed") == 1
-    cards["vit_data_10"]["recipe"]["distinct"] = 1200  # the card knows better than the name
-    assert small.share("vit_data_10") == 0.05
-    monkeypatch.setattr(type(small), "cards", {})
-    assert (small.share("vit_data_10"), small.share("vit")) == (0.1, 1)
+    for role in lab.roles.values():
+        if not role.start:
+            assert role.recipe.distinct == role.share * 160_000
+
+
+def test_roles_are_data(lab):
+    """(arm, replicate, family, cut, trained) of each."""
+    expected = {
+        "vit": ("vit", 0, "vit", None, True),
+        "vit_other_seed": ("vit", 1, "vit", None, True),
+        "vit_other_seed_untrained": ("vit", 1, "vit", None, False),
+        "resnet_seed_3_untrained": ("resnet", 3, "resnet", None, False),
+        "vit_gap": ("vit_gap", 0, "vit_gap", None, True),
+        "vit_no_skip_late": ("vit_no_skip_late", 0, "vit", 6, True),
+        "resnet_no_skip_middle_untrained": ("resnet_no_skip_middle", 0, "resnet", 6, False),
+        "resnet_data_03": ("resnet_data_03", 0, "resnet", None, True),
+        "vit_other_seed_tuned_colour": ("vit_tuned_colour", 1, "vit", None, True),
+    }
+    for name, facts in expected.items():
+        role = lab.role(name)
+        assert role.name == name
+        assert (role.arm, role.replicate, role.family, role.cut, role.trained) == facts
+        assert lab.find(role.arm, role.replicate, role.trained) is role
+    assert lab.find("vit", 2) is lab.find("vit_gap", 1) is lab.find("vti") is None
+
+
+def test_an_arm_has_ten_baselines_of_ten_seeds(lab):
+    for chosen in (lab, load_study("lab-third-seed"), load_study("imagenet-small")):
+        roles = [chosen.find("vit", k, trained=False) for k in range(10)]
+        seeds = [role.recipe.seed if chosen.cards else role.seed for role in roles]
+        assert len(set(seeds)) == len({role.name for role in roles}) == 10
+        assert chosen.find("vit", 10, trained=False) is None
+        assert not any(role.trained for role in roles)
+        assert chosen.those(*(role.name for role in roles)) == [role.name for role in roles]
+    assert lab.find("vit", 1, trained=False).name == "vit_other_seed_untrained"
+    third = lab.find("vit", 3, trained=False)
+    expected = records.weights_hash(networks.build("vit", 3))
+    assert records.weights_hash(lab.model(third.name)) == expected
+
+
+def test_the_second_editions_lab():
+    chosen = load_study("lab-second")
+    arms = {}
+    for role in chosen.roles.values():
+        arms.setdefault(role.arm, []).append(role)
+    two = ("vit_no_skip_middle", "resnet_no_skip_middle", "vit_data_01", "vit_data_03")
+    two += ("vit_data_10", "resnet_data_03", "resnet_data_10", "mixer", "vit_masked")
+    two += ("vit_adamw", "resnet_adamw")
+    counts = dict.fromkeys(("vit", "vit_gap", "resnet"), 5) | dict.fromkeys(two, 2)
+    assert {arm: len(roles) for arm, roles in arms.items()} == counts
+    for arm, roles in arms.items():
+        assert [role.replicate for role in roles] == list(range(len(roles)))
+        assert [role.recipe.seed for role in roles] == list(range(len(roles)))
+        assert [role.name for role in roles[1:]] == [
+            f"{arm}_seed_{k}" for k in range(1, len(roles))
+        ]
+        recipe = roles[0].recipe
+        if arm.endswith("adamw"):
+            assert recipe == Recipe()
+            continue
+        shown = 51_200 if arm.startswith("resnet") else 80_000
+        assert (recipe.optimiser, recipe.images) == ("muon", shown)
+        assert recipe.distinct == round(shown * roles[0].share)
+        assert recipe.distinct % 32 == 0
+        assert recipe.fade == (0.3 if arm == "vit_no_skip_middle" else 0)
+        assert isinstance(recipe, MaskedRecipe) == (arm == "vit_masked")
+    assert (chosen.role("vit_data_01").share, chosen.role("resnet_data_03").share) == (0.01, 0.03)
+    for name in chosen.roles:
+        assert chosen.weights(name) == WEIGHTS / "lab-second" / f"{name}.safetensors"
+
+
+def test_every_study_of_the_registry_loads_by_its_name():
+    titles = [entry.title for entry in STUDIES.values()]
+    assert len(set(titles)) == len(titles)
+    for name, entry in STUDIES.items():
+        chosen = load_study(name)
+        assert (chosen.name, chosen.purpose) == (name, entry.purpose)
+        assert len(entry.purpose) > 20
+        assert {"vit", "resnet"} <= set(chosen.roles)
+        for role in (*chosen.roles.values(), *chosen.baselines.values()):
+            assert chosen.role(role.name) is role
 
 
 def test_images_say_what_is_known_about_them():
@@ -111,7 +187,7 @@ def test_what_was_not_trained_anew_is_the_labs_own(lab, study, anew):
     again = load_study(study)
     assert anew <= set(again.roles) < set(lab.roles)
     for name in again.roles:
-        home = CHECKPOINTS / study if name in anew else CHECKPOINTS
+        home = WEIGHTS / study if name in anew else WEIGHTS
         assert again.weights(name) == home / f"{name}.safetensors"
         assert (again.role(name) != lab.role(name)) == (name in anew)
 
@@ -135,7 +211,7 @@ def test_what_the_lab_has_trained_is_not_trained_again(lab, tmp_path, monkeypatc
     theirs = longer.model("resnet").state_dict()
     assert all(torch.equal(theirs[key], w) for key, w in lab.model("resnet").state_dict().items())
     # Where weights are missing, a sentence says how to make them.
-    monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(study, "WEIGHTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="lib train --study lab-long vit") as error:
         longer.model("vit")
     assert "lab-long/" in one_sentence(error)
@@ -146,9 +222,10 @@ def test_what_the_lab_has_trained_is_not_trained_again(lab, tmp_path, monkeypatc
 
 def test_every_role_is_a_network_of_the_lab_and_says_what_it_is_for(lab):
     for name, role in lab.roles.items():
-        assert role.architecture in networks.ARCHITECTURES
+        assert role.architecture in networks.ARCHITECTURES | networks.CUTS
         assert len(role.purpose) > 10
-        assert lab.role(name) is lab.role(f"{name}_untrained") is role
+        untrained = dataclasses.replace(role, name=f"{name}_untrained", trained=False)
+        assert lab.role(f"{name}_untrained") == untrained
 
 
 def test_a_twin_from_another_seed_differs_in_nothing_else(lab):
@@ -163,7 +240,7 @@ def test_a_twin_from_another_seed_differs_in_nothing_else(lab):
 
 def test_a_role_that_starts_from_another_has_its_weights_and_a_classifier_of_its_own(lab):
     tuned = [name for name, role in lab.roles.items() if role.start]
-    assert {lab.roles[name].task for name in tuned} == set(studies.TUNED_TO) < set(TASKS)
+    assert {lab.roles[name].task for name in tuned} == set(labs.TUNED_TO) < set(TASKS)
     for name in ("vit_tuned_colour", "resnet_tuned_fine_textures"):
         role = lab.roles[name]
         start, before = lab.model(role.start), lab.model(f"{name}_untrained")
@@ -196,7 +273,7 @@ def test_inputs_are_the_same_for_all_roles(lab, scenes):
 # Untrained twins ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", Lab.roles)
+@pytest.mark.parametrize("name", ROLES)
 def test_untrained_twins_are_reproducible_and_of_their_own_seed(lab, name):
     role = lab.roles[name]
     twin = lab.model(f"{name}_untrained")
@@ -244,24 +321,28 @@ class Little(nn.Module):
 @pytest.fixture
 def little(monkeypatch, tmp_path):
     """The lab with one role, ``little``, and folders of its own."""
-    recipe = Recipe(images=512, distinct=256, batch_size=32, warmup_steps=4, seed=3)
-    monkeypatch.setattr(Lab, "roles", {"little": Role("little", recipe, "as small as it gets")})
     monkeypatch.setitem(networks.ARCHITECTURES, "little", Little)
-    monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr(studies, "TEST_IMAGES", 256)
-    return Lab()
+    monkeypatch.setattr(study, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(labs, "TEST_IMAGES", 256)
+    return with_recipe(Recipe(images=512, distinct=256, batch_size=32, warmup_steps=4, seed=3))
 
 
-def train(study, tmp_path):
-    return study.train("little", tmp_path / "runs", tmp_path / "checkpoints")
+def with_recipe(recipe):
+    return Lab(roles={"little": TrainedRole("little", recipe, "as small as it gets")})
+
+
+def train(chosen, tmp_path):
+    return chosen.train("little", tmp_path / "runs", tmp_path / "weights")
 
 
 def test_training_writes_weights_and_a_card_that_is_true(little, tmp_path):
     card = train(little, tmp_path)
-    kept = tmp_path / "checkpoints"
+    kept = tmp_path / "weights"
     assert sorted(path.name for path in kept.iterdir()) == ["little.json", "little.safetensors"]
     assert json.loads((kept / "little.json").read_text()) == json.loads(json.dumps(card))
-    assert Lab().cards == {"little": json.loads(json.dumps(card))}
+    assert with_recipe(little.roles["little"].recipe).cards == {
+        "little": json.loads(json.dumps(card))
+    }
     assert not (tmp_path / "runs" / "lab" / "little").exists()
 
     model = little.model("little")
@@ -301,7 +382,7 @@ def test_the_card_speaks_of_the_weights_of_the_recipe(little, tmp_path):
     val = images.scene_images(16, "val")
     data = images.SceneSet(256)
     training.train(model, recipe, data, (val.pixels, val.labels), tmp_path / "again")
-    model.load_state_dict(training.unpack(training.pack(model.state_dict())))
+    model.load_state_dict(checkpoints.unpack(checkpoints.pack(model.state_dict())))
     assert records.weights_hash(model) == little.cards["little"]["weights"]
 
 
@@ -318,34 +399,37 @@ def test_an_interrupted_training_goes_on(little, tmp_path, monkeypatch):
     monkeypatch.setattr(images.SceneSet, "__getitem__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(little, tmp_path)
-    assert not (tmp_path / "checkpoints").exists()
-    assert not little.is_trained("little", tmp_path / "checkpoints")
+    assert not (tmp_path / "weights").exists()
+    assert not little.is_trained("little", tmp_path / "weights")
     again = train(little, tmp_path)
     assert len(asked) == 7 + 10  # of 16 steps, six were done
     for fact in ("weights", "accuracy", "curve"):
         assert again[fact] == card[fact]
 
 
-def test_trained_means_by_the_recipe_of_today(little, tmp_path, monkeypatch):
-    kept = tmp_path / "checkpoints"
+def test_trained_means_by_the_recipe_of_today(little, tmp_path):
+    kept = tmp_path / "weights"
     assert not little.is_trained("little", kept)
     train(little, tmp_path)
     assert little.is_trained("little", kept)
     assert not little.is_trained("little", tmp_path)
-    role = little.roles["little"]
-    other = dataclasses.replace(role, recipe=dataclasses.replace(role.recipe, lr=2e-3))
-    monkeypatch.setitem(Lab.roles, "little", other)
-    assert not little.is_trained("little", kept)
-    monkeypatch.setitem(Lab.roles, "little", role)
+    recipe = little.roles["little"].recipe
+    assert not with_recipe(dataclasses.replace(recipe, lr=2e-3)).is_trained("little", kept)
+    # A field that recipes did not have yet when the card was written has its default there.
+    card = json.loads((kept / "little.json").read_text())
+    del card["recipe"]["until"]
+    (kept / "little.json").write_text(json.dumps(card))
+    assert little.is_trained("little", kept)
+    assert not with_recipe(dataclasses.replace(recipe, until=0.5)).is_trained("little", kept)
     (kept / "little.safetensors").unlink()
     assert not little.is_trained("little", kept), "there is a card, but no weights"
 
 
 def test_missing_weights_are_one_sentence_with_the_cure(little):
-    with pytest.raises(FileNotFoundError, match="python -m lib train little") as error:
+    with pytest.raises(FileNotFoundError, match="python -m lib train --study lab little") as error:
         little.model("little")
     assert "no weights for the role 'little'" in one_sentence(error)
-    assert Lab().cards == {}
+    assert little.cards == {}
     assert little.model("little_untrained").head.out_features == 16
 
 
@@ -353,13 +437,13 @@ def test_missing_weights_are_one_sentence_with_the_cure(little):
 
 # Roles of which a checkout may have no weights are those that only one chapter compares.
 NEEDED = ("vit", "vit_other_seed", "vit_gap", "resnet", "resnet_other_seed", "mixer")
-TRAINED = [name for name in Lab.roles if (CHECKPOINTS / f"{name}.safetensors").exists()]
+TRAINED = [name for name in ROLES if (WEIGHTS / f"{name}.safetensors").exists()]
 each_role = pytest.mark.parametrize("name", dict.fromkeys([*NEEDED, *TRAINED]))
 
 
 @pytest.fixture
 def card(name):
-    path = CHECKPOINTS / f"{name}.json"
+    path = WEIGHTS / f"{name}.json"
     assert path.exists(), f"no card for {name}: train it with `python -m lib train {name}`"
     found = json.loads(path.read_text())
     assert "weights" in found, f"the card of {name} is a stub"
@@ -368,13 +452,13 @@ def card(name):
 
 def test_weights_belong_to_roles_and_the_needed_ones_are_there():
     expected = {f"{name}.{kind}" for name in TRAINED for kind in ("json", "safetensors")}
-    assert {path.name for path in CHECKPOINTS.iterdir() if path.is_file()} == expected
+    assert {path.name for path in WEIGHTS.iterdir() if path.is_file()} == expected
     assert set(NEEDED) <= set(TRAINED)
 
 
 @each_role
 def test_weights_are_those_of_the_card(lab, name, card):
-    assert (CHECKPOINTS / f"{name}.safetensors").stat().st_size <= SIZE
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size <= SIZE
     model = lab.model(name)  # loads strictly, see test_training.py
     assert records.weights_hash(model) == card["weights"]
     assert not any(module.training for module in model.modules())
@@ -403,7 +487,7 @@ def test_the_card_is_that_of_the_recipe(lab, name, card):
 @each_role
 def test_accuracy_is_that_of_the_card(lab, name, card):
     scenes = images.scene_images(512, task=lab.roles[name].task)
-    assert card["test_images"] == studies.TEST_IMAGES
+    assert card["test_images"] == labs.TEST_IMAGES
     right = round(card["accuracy"] * card["test_images"])
     interval = training.accuracy_interval(right, card["test_images"])
     assert card["accuracy_interval"] == pytest.approx(list(interval), abs=1e-4)
@@ -476,3 +560,28 @@ def test_the_first_steps_can_be_repeated(lab, tmp_path):
     assert again[0]["loss"] == pytest.approx(curve[0]["loss"], abs=0.002)
     assert again[1]["loss"] == pytest.approx(curve[1]["loss"], abs=0.01)
     assert again[1]["loss"] < math.log(16) - 0.05
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_weights_in_8_bits_are_as_good_as_in_32(lab, name):
+    scenes, whole, packed = lab.images(2048), lab.model(name), lab.model(name)
+    packed.load_state_dict(checkpoints.unpack(checkpoints.pack(whole.state_dict())))
+    kinds = {key: value.dtype for key, value in checkpoints.pack(whole.state_dict()).items()}
+    assert sum(kind == torch.int8 for kind in kinds.values()) > 20
+    assert kinds.get("pos_embed", torch.float16) == torch.float16
+    scores = [training.score(model, scenes.pixels, scenes.labels) for model in (whole, packed)]
+    assert scores[0] == pytest.approx(scores[1], abs=0.005)
+    x = lab.to_input(scenes.pixels[:256], name)
+    features = [list(collect(model, x, "blocks").values()) for model in (whole, packed)]
+    for one, other in zip(*features, strict=True):
+        assert cka(one, other) > 0.999
+
+
+def cka(*features):
+    """Linear CKA of two layers' features of the same images, in float64."""
+    grams = []
+    for x in features:
+        x = x.flatten(1).double()
+        x -= x.mean(0)
+        grams.append((x @ x.mT).flatten())
+    return float(torch.nn.functional.cosine_similarity(*grams, dim=0))

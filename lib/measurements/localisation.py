@@ -8,18 +8,18 @@ per minibatch.
 
 import functools
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor
-from torchmetrics import Metric
 
-from lib.cka import SMALLEST_BATCH, centred_gram, jackknife_margin
-from lib.taps import split_tokens
+from lib.cka import SMALLEST_BATCH, centred_gram
+from lib.intervals import Estimate, jackknife
+from lib.measure import Measurement
+from lib.measurements.places import Layout, layouts
 
 
 def coarsen(cells: Tensor, grid: int | None) -> Tensor:
@@ -85,7 +85,7 @@ def own_hsic(grams: Tensor) -> Tensor:
     return grams.square().sum((1, 2)) + every - 2 / (n - 2) * rows.square().sum(1)
 
 
-class Localisation(Metric):
+class Localisation(Measurement):
     """CKA between every token of the tapped layers and every patch of the input image.
 
     Parameters
@@ -95,8 +95,6 @@ class Localisation(Metric):
     grid : int, optional
         Finer grids are averaged down to ``grid`` x ``grid`` tokens. Needed if the taps' grids
         differ, as those of a ResNet's stages do. The image is cut into as many patches.
-    groups : int
-        Minibatches are dealt to this many groups, which are kept apart for intervals.
 
     Of every tap, a hook keeps one Gram matrix per token, in float32, as long as the minibatch
     lasts: 1 MB for 64 tokens and 64 images. What is kept from then on are tokens x patches numbers
@@ -113,90 +111,49 @@ class Localisation(Metric):
     >>> hit(metric.compute()["localisation"])                        # doctest: +SKIP
     """
 
-    full_state_update = False
-    is_differentiable = False
+    smallest = SMALLEST_BATCH
 
-    def __init__(self, taps="blocks", grid: int | None = None, groups: int = 20):
-        super().__init__()
-        if groups < 2:
-            raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
-        self.taps = taps
+    def __init__(self, taps="blocks", grid: int | None = None):
+        super().__init__(taps)
         self.grid = grid
-        self.groups = groups
-        self.names: list[str] = []
-        self.patch_size = 0
-        self.add_state("seen", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
 
-    @property
-    def settings(self) -> dict:
-        """What a record of this measurement depends on."""
-        return {"taps": self.taps, "grid": self.grid, "groups": self.groups}
-
-    def reset(self) -> None:
-        """Forget all minibatches, and which taps they had."""
-        super().reset()
-        self.names, self.patch_size = [], 0
-
-    def reduce(self, value: Tensor) -> Tensor:
+    def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
         """What a hook keeps of an activation: a Gram matrix per token (tokens, n, n)."""
-        return token_grams(coarsen(split_tokens(value)[0], self.grid)).float()
+        return token_grams(coarsen(where.split(value)[0], self.grid)).float()
 
-    def reduce_images(self, images) -> Tensor:
-        """What is kept of a minibatch's images, as long as it lasts: their pixels."""
-        return images.pixels
+    def reducer(self, model, names, x):
+        """As :meth:`reduce`, with the places that the network's tokens have."""
+        found = layouts(model, names, x)
+        return lambda name, value: self.reduce(value, found[name])
 
-    def update(
-        self,
-        activations: Mapping[str, Tensor] | None = None,
-        *,
-        pixels: Tensor | None = None,
-        reduced: Mapping[str, Tensor] | None = None,
-        batch: int | None = None,
-    ) -> None:
-        """Add one minibatch: activations by name and the pixels they belong to.
+    def size(self, kept) -> int:
+        return kept.shape[-1]
 
-        Or ``reduced``, what :meth:`reduce` made of the activations, with the pixels under
-        ``"images"``. ``batch`` is the minibatch's number, which decides its group; by default they
-        are counted.
-        """
-        if reduced is None:
-            if activations is None or pixels is None:
-                raise ValueError("give update() activations and the pixels they belong to")
-            reduced = {name: self.reduce(torch.as_tensor(x)) for name, x in activations.items()}
-        else:
-            reduced = dict(reduced)
-            pixels = reduced.pop("images")
-        sizes = {name: gram.shape[-1] for name, gram in reduced.items()} | {"pixels": len(pixels)}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"tokens and pixels must be of the same images; got {sizes}")
-        n = len(pixels)
-        if n < SMALLEST_BATCH:
-            warnings.warn(f"a minibatch of {n} images is too small; it is left out", stacklevel=2)
-            return
+    def make_room(self, reduced, images) -> None:
         grids = {name: math.isqrt(len(gram)) for name, gram in reduced.items()}
         if len(set(grids.values())) != 1:
-            coarsest = min(grids.values())
             raise ValueError(
                 f"the taps' grids differ ({_few(grids)}); average the finer ones with "
-                f"grid={coarsest}"
+                f"grid={min(grids.values())}"
             )
-        grid = next(iter(grids.values()))
-        cells = patches(pixels, grid).unbind(1)
-        seen = torch.stack([centred_gram(cell) for cell in cells]).float()
-        if not self.names:
-            self.names, self.patch_size = list(reduced), pixels.shape[-1] // grid
-            self._make_room(grid * grid, next(iter(reduced.values())).device)
-        if set(reduced) != set(self.names):
-            odd = sorted(set(reduced) ^ set(self.names))
-            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
+        grid = grids[self.names[0]]
+        self.cell_size, tokens = images.pixels.shape[-1] // grid, grid**2
+        self.room(
+            reduced,
+            cross_hsic=(self.groups, len(self.names), tokens, tokens),
+            token_hsic=(self.groups, len(self.names), tokens),
+            patch_hsic=(self.groups, tokens, tokens),
+            shuffled_hsic=(len(self.names), tokens, tokens),
+        )
 
-        if batch is None:  # an empty group, or the one with the fewest images
-            batch = int(self.seen.argmin())
-        group = batch % self.groups
+    def add(self, group, reduced, images) -> None:
+        n, grid = len(images), math.isqrt(self.patch_hsic.shape[-1])
         weight = 1 / (n - 3)  # HSIC divides by n (n - 3); minibatches weigh by their images, n
-        patch = seen.flatten(1).to(self.patch_hsic.device)
+        cells = patches(images.pixels, grid).unbind(1)
+        grams = torch.stack([centred_gram(cell) for cell in cells]).float()
+        patch = grams.flatten(1).to(self.patch_hsic.device)
         # The same patches, each image's in the place of its predecessor's.
-        other = seen.roll((1, 1), (1, 2)).flatten(1).to(patch.device)
+        other = grams.roll((1, 1), (1, 2)).flatten(1).to(patch.device)
         self.patch_hsic[group] += weight * (patch @ patch.T)
         for place, name in enumerate(self.names):
             token = reduced[name].to(patch.device)
@@ -204,52 +161,35 @@ class Localisation(Metric):
             token = token.flatten(1)
             self.cross_hsic[group, place] += weight * (token @ patch.T)
             self.shuffled_hsic[place] += weight * (token @ other.T)
-        self.seen[group] += n
 
-    def _make_room(self, tokens: int, device) -> None:
-        shapes = {
-            "cross_hsic": (self.groups, len(self.names), tokens, tokens),
-            "token_hsic": (self.groups, len(self.names), tokens),
-            "patch_hsic": (self.groups, tokens, tokens),
-            "shuffled_hsic": (len(self.names), tokens, tokens),
-        }
-        for name, shape in shapes.items():
-            empty = torch.zeros(shape, dtype=torch.float64, device=device)
-            self.add_state(name, empty, dist_reduce_fx="sum")
-
-    def compute(self) -> xr.Dataset:
+    def results(self) -> xr.Dataset:
         """The maps and what their intervals are made of.
 
         Returns
         -------
         xarray.Dataset
-            ``localisation`` (tap, token, patch): CKA; NaN where a token or a patch is the same in
-            all images. ``shuffled`` (tap, token, patch): the control, with the patches of other
-            images. ``pixels`` (token, patch): the patches' pixels in the place of the tokens.
+            ``localisation`` (tap, cell, patch): CKA; NaN where a token or a patch is the same in
+            all images. ``shuffled`` (tap, cell, patch): the control, with the patches of other
+            images. ``pixels`` (cell, patch): the patches' pixels in the place of the tokens.
             ``cross_hsic``, ``token_hsic``, ``patch_hsic``: sums per group of minibatches.
-            ``patch_size``: in pixels of the images.
+            ``cell_size``: side of a cell, in pixels.
         """
-        if not self.names:
-            raise ValueError(
-                f"localisation needs at least one minibatch of {SMALLEST_BATCH} images"
-            )
-        used = self.seen > 0
         cross, token, patch = (
-            state[used].cpu().double().numpy()
+            state.cpu().double().numpy()
             for state in (self.cross_hsic, self.token_hsic, self.patch_hsic)
         )
         own = np.diagonal(patch, axis1=1, axis2=2).sum(0)
         shuffled = self.shuffled_hsic.cpu().double().numpy()
-        square, maps = ("token", "patch"), ("tap", "token", "patch")
+        square, maps = ("cell", "patch"), ("tap", "cell", "patch")
         return xr.Dataset(
             {
                 "localisation": (maps, _alignment(cross.sum(0), token.sum(0), own)),
                 "shuffled": (maps, _alignment(shuffled, token.sum(0), own)),
                 "pixels": (square, _alignment(patch.sum(0), own, own)),
                 "cross_hsic": (("group", *maps), cross),
-                "token_hsic": (("group", "tap", "token"), token),
+                "token_hsic": (("group", "tap", "cell"), token),
                 "patch_hsic": (("group", *square), patch),
-                "patch_size": ((), self.patch_size),
+                "cell_size": ((), self.cell_size),
             },
             coords={"tap": self.names},
         )
@@ -322,10 +262,8 @@ def interior_cells(tokens: int) -> np.ndarray:
     return inside.ravel()
 
 
-def estimate(
-    record: xr.Dataset, statistic: Callable[[np.ndarray], np.ndarray], confidence: float = 0.95
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A smooth statistic of a record's maps with its interval over images: value, low, high.
+def estimate(record: xr.Dataset, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+    """A smooth statistic of a record's maps with its interval over images.
 
     Parameters
     ----------
@@ -335,18 +273,11 @@ def estimate(
         Of the maps (tap, tokens, patches), for instance :func:`contrast`, or the difference between
         two of the record's taps. For :func:`hit`, which is not smooth, there is
         :func:`estimate_hits`.
-
-    The interval is a jackknife over groups of minibatches.
     """
-    sums, to_maps = _sums(record)
-    value = np.asarray(statistic(to_maps(sums.sum(0))))
-    margin = jackknife_margin(sums, lambda flat: statistic(to_maps(flat)), confidence)
-    return value, value - margin, value + margin
+    return jackknife(_sums(record), lambda *sums: statistic(_alignment(*sums)))
 
 
-def estimate_hits(
-    record: xr.Dataset, interior: bool = False, confidence: float = 0.95
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def estimate_hits(record: xr.Dataset, interior: bool = False, confidence: float = 0.95) -> Estimate:
     """:func:`hit` of every tap (tap,) with bounds for what it would be with all possible images.
 
     A faint peak drowns in the noise of few images, so hits are too few and become more with more
@@ -355,37 +286,28 @@ def estimate_hits(
     leads over all others beyond doubt, and ``high`` those that do not trail any other beyond doubt.
     In simulations with known maps such bounds held the truth in at least 95 % of the cases.
     """
-    sums, to_maps = _sums(record)
+    sums, patches = _sums(record), record.sizes["patch"]
 
-    def lead(flat):
-        maps = to_maps(flat)
+    def lead(*sums):
+        maps = _alignment(*sums)
         return np.diagonal(maps, axis1=-2, axis2=-1)[..., None] - maps
 
-    value, patches = lead(sums.sum(0)), record.sizes["patch"]
-    rivals = ~np.eye(patches, dtype=bool) & ~np.isnan(value)
-    hits = np.where(rivals, value > jackknife_margin(sums, lead, confidence), True).all(-1)
     # For a false hit one certain lead must be wrong, for a false miss any of so many may be.
-    misses = rivals & (value < -jackknife_margin(sums, lead, 1 - (1 - confidence) / patches))
-    misses, counts = misses.any(-1), rivals.any(-1)
-    found = hit(to_maps(sums.sum(0)), interior)
-    if len(sums) < 2:
-        return found, np.full_like(found, np.nan), np.full_like(found, np.nan)
-    return found, _share(hits, counts, interior), _share(~misses, counts, interior)
+    one = jackknife(sums, lead, confidence)
+    any_of = jackknife(sums, lead, 1 - (1 - confidence) / patches)
+    rivals = ~np.eye(patches, dtype=bool) & ~np.isnan(one.value)
+    hits = np.where(rivals, one.low > 0, True).all(-1)
+    misses, counts = (rivals & (any_of.high < 0)).any(-1), rivals.any(-1)
+    found = hit(_alignment(*(part.sum(0) for part in sums)), interior)
+    if np.isnan(one.low).all():
+        return Estimate.around(found, np.full_like(found, np.nan))
+    return Estimate(found, _share(hits, counts, interior), _share(~misses, counts, interior))
 
 
-def _sums(record):
-    """The record's HSICs, flat by group (groups, ...), and how to make maps of their sum."""
+def _sums(record) -> tuple[np.ndarray, ...]:
+    """The record's HSICs by group: of tokens with patches, of tokens, of patches."""
     cross, token = record["cross_hsic"].values, record["token_hsic"].values
-    patch = np.diagonal(record["patch_hsic"].values, axis1=1, axis2=2)
-    shapes = [states.shape[1:] for states in (cross, token, patch)]
-    ends = np.cumsum([math.prod(shape) for shape in shapes[:-1]])
-
-    def to_maps(flat):
-        parts = zip(np.split(flat, ends), shapes, strict=True)
-        return _alignment(*(part.reshape(shape) for part, shape in parts))
-
-    flat = [states.reshape(len(states), -1) for states in (cross, token, patch)]
-    return np.concatenate(flat, axis=1, dtype=float), to_maps
+    return cross, token, np.diagonal(record["patch_hsic"].values, axis1=1, axis2=2)
 
 
 def _share(which: np.ndarray, counts: np.ndarray, interior: bool) -> np.ndarray:

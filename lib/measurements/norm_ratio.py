@@ -8,7 +8,7 @@ a few sums.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +19,10 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnetv2 import PreActBasic, PreActBottleneck
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from lib.cka import jackknife_margin
-from lib.studies.networks import BlockWithoutSkips, UnitWithoutSkip
+from lib.intervals import Estimate, jackknife
+from lib.measure import Measurement
+from lib.measurements.places import layout
 from lib.taps import INPUT, TapError, tap_names
 
 TOKENS = ("class", "patch")
@@ -64,7 +64,7 @@ class SubLayer:
 def sublayers(model: nn.Module) -> list[SubLayer]:
     """The additions of a pre-norm ViT, Mixer or ResNet (v1 or v2), from input to output.
 
-    Blocks that lost their skip connections (:func:`lib.studies.networks.without_skips`) have none.
+    Blocks that lost their skip connections have none.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def sublayers(model: nn.Module) -> list[SubLayer]:
     for name in tap_names(model, "blocks"):
         block = modules[name]
         kind = type(block)
-        if kind in (BlockWithoutSkips, UnitWithoutSkip):
+        if getattr(block, "skipless", False):
             continue
         if kind is Block:
             attention, mlp = (
@@ -109,6 +109,11 @@ def sublayers(model: nn.Module) -> list[SubLayer]:
     if not found:
         raise TapError(f"no block of this {type(model).__name__} has a skip connection")
     return found
+
+
+def branch_taps(model: nn.Module) -> list[str]:
+    """The taps of every skip and branch of a network."""
+    return [tap for layer in sublayers(model) for tap in (layer.skip, layer.branch)]
 
 
 class Comparison(NamedTuple):
@@ -185,7 +190,7 @@ def compare(
     )
 
 
-class NormRatio(Metric):
+class NormRatio(Measurement):
     """How long the skip z of every sub-layer is beside what its branch f(z) adds, and their angle.
 
     Measures, for the class token and for patches (or locations) apart:
@@ -197,8 +202,8 @@ class NormRatio(Metric):
 
     Parameters
     ----------
-    groups : int
-        Minibatches are dealt to this many groups, which are kept apart for intervals.
+    taps
+        See :class:`lib.measure.Measurement`.
 
     The median is read from a histogram of the ratios, the one thing about a median that adds up
     over minibatches and processes without keeping every ratio. It has 16 bins to an octave, from
@@ -211,40 +216,16 @@ class NormRatio(Metric):
     >>> Curves(record)("vit", "attention", "class")                  # doctest: +SKIP
     """
 
-    full_state_update = False
-    is_differentiable = False
+    def __init__(self, taps=branch_taps):
+        super().__init__(taps)
 
-    def __init__(self, groups: int = 20):
-        super().__init__()
-        if groups < 2:
-            raise ValueError(f"intervals need at least 2 groups of minibatches, not {groups}")
-        self.groups = groups
-        self.names: list[str] = []
-        self.projected: list[bool] = []
-        self.add_state("seen", torch.zeros(groups, dtype=torch.long), dist_reduce_fx="sum")
-
-    @property
-    def settings(self) -> dict:
-        """What a record of this measurement depends on."""
-        return {"groups": self.groups}
-
-    def taps(self, model: nn.Module) -> list[str]:
-        """The taps of every skip and branch of a network."""
-        return [tap for layer in sublayers(model) for tap in (layer.skip, layer.branch)]
-
-    def reset(self) -> None:
-        """Forget all minibatches, and which taps they had."""
-        super().reset()
-        self.names, self.projected = [], []
-
-    def reducer(self, model: nn.Module) -> Callable[[str, Tensor], Comparison | None]:
-        """What the hooks of one forward pass keep: of a skip and its branch, how they compare.
+    def reducer(self, model, names, x):
+        """What the hooks of a forward pass keep: of a skip and its branch, how they compare.
 
         The one that fires first waits for the other, and is let go with it.
         """
         layers = {tap: layer for layer in sublayers(model) for tap in (layer.skip, layer.branch)}
-        prefix_tokens = getattr(model, "num_prefix_tokens", 0)
-        class_token = bool(prefix_tokens and getattr(model, "has_class_token", False))
+        tokens = layout(model)
         waiting: dict[str, Tensor] = {}
 
         def reduce(name, value):
@@ -257,49 +238,42 @@ class NormRatio(Metric):
                 return None
             other = waiting.pop(partner)
             skip, branch = (other, value) if name == layer.branch else (value, other)
-            one = compare(skip, branch, prefix_tokens, class_token, layer.projected)
+            one = compare(skip, branch, tokens.prefix, tokens.class_token, layer.projected)
             return one._replace(branch=layer.branch)
 
         return reduce
 
-    def update(self, *, reduced: Mapping[str, Comparison], batch: int | None = None) -> None:
-        """Add one minibatch: by name, what :func:`compare` or the hooks made of it.
+    def size(self, kept) -> int:
+        return kept.images
 
-        ``batch`` is the minibatch's number, which decides its group; by default they are counted.
-        """
-        reduced = {
-            # A projection may be computed after the branch; the pair is named by its branch.
+    def update(self, reduced, images=None, batch=None) -> None:
+        """Add one minibatch: by name, what :func:`compare` or the hooks made of it."""
+        # A projection may be computed after the branch; the pair is named by its branch.
+        named = {
             "/".join([*name.split("/")[:-1], one.branch or name.split("/")[-1]]): one
             for name, one in reduced.items()
         }
-        if not self.names:
-            self.names = list(reduced)
-            self.projected = [one.projected for one in reduced.values()]
-            self._make_room(reduced)
-        if set(reduced) != set(self.names):
-            odd = sorted(set(reduced) ^ set(self.names))
-            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
-        group = int(self.seen.argmin()) if batch is None else batch % self.groups
+        super().update(named, images, batch)
+
+    def make_room(self, reduced, images) -> None:
+        some = next(iter(reduced.values()))
+        self.projected = [one.projected for one in reduced.values()]
+        most = max(len(one.tokens) for one in reduced.values())
+        self.room(
+            {"sums": some.sums},
+            sums=(self.groups, len(reduced), *some.sums.shape),
+            histogram=(self.groups, len(reduced), *some.histogram.shape),
+            tokens=(len(reduced), most, 2),
+        )
+
+    def add(self, group, reduced, images) -> None:
         for place, name in enumerate(self.names):
             one = reduced[name]
             self.sums[group, place] += one.sums
             self.histogram[group, place] += one.histogram
             self.tokens[place, : len(one.tokens)] += one.tokens
-        self.seen[group] += one.images
 
-    def _make_room(self, reduced) -> None:
-        some = next(iter(reduced.values()))
-        most = max(len(one.tokens) for one in reduced.values())
-        shapes = {
-            "sums": (self.groups, len(reduced), *some.sums.shape),
-            "histogram": (self.groups, len(reduced), *some.histogram.shape),
-            "tokens": (len(reduced), most, 2),
-        }
-        for name, shape in shapes.items():
-            empty = torch.zeros(shape, dtype=some.sums.dtype, device=some.sums.device)
-            self.add_state(name, empty, dist_reduce_fx="sum")
-
-    def compute(self) -> xr.Dataset:
+    def results(self) -> xr.Dataset:
         """The measured quantities and what their intervals are made of.
 
         Returns
@@ -309,43 +283,34 @@ class NormRatio(Metric):
             and 95 % interval (jackknife over groups of minibatches) of ``ratio``, ``cosine``,
             ``branch_cosine``, ``skip_norm``, ``branch_norm`` and ``median``, for the ``class``
             token and for the mean of ``patch`` tokens. Norms in units of the network.
-            ``token_ratio`` (branch, patch): the mean ratio at every patch of a transformer, row by
-            row. ``projected`` (branch): whether the skip is a projection. ``residual_sums``,
+            ``token_ratio`` (branch, position): the mean ratio at every patch of a transformer, row
+            by row. ``projected`` (branch): whether the skip is a projection. ``residual_sums``,
             ``residual_histogram``: sums per group. A branch is named as its tap.
         """
-        if not self.names:
-            raise ValueError("the norm ratio needs at least one minibatch, and none was added")
-        used = self.seen > 0
-        sums, histogram = (
-            state[used].cpu().double().numpy() for state in (self.sums, self.histogram)
+        sums, histogram = (state.cpu().double().numpy() for state in (self.sums, self.histogram))
+        means = jackknife(sums, _mean)
+        medians = jackknife(histogram, lambda counts: median(counts)[..., None])
+        value, low, high = (
+            np.concatenate([getattr(of, part) for of in (means, medians)], axis=-1)
+            for part in ("value", "low", "high")
         )
-        values, margin = {}, {}
-        for names, groups, statistic in (
-            (QUANTITIES, sums, _mean),
-            (("median",), histogram, lambda counts: median(counts)[..., None]),
-        ):
-            with np.errstate(invalid="ignore"):  # an infinite mean has no interval
-                value, error = statistic(groups.sum(0)), jackknife_margin(groups, statistic)
-            for place, name in enumerate(names):
-                values[name], margin[name] = value[..., place], error[..., place]
-        value, error = (np.stack(list(part.values()), axis=-1) for part in (values, margin))
         cells = ("branch", "token", "quantity")
         return xr.Dataset(
             {
                 "residual": (cells, value),
-                "residual_low": (cells, value - error),
-                "residual_high": (cells, value + error),
-                "token_ratio": (("branch", "patch"), _mean(self.tokens.cpu().numpy())),
+                "residual_low": (cells, low),
+                "residual_high": (cells, high),
+                "token_ratio": (("branch", "position"), _mean(self.tokens.cpu().numpy())),
                 "projected": ("branch", self.projected),
-                "residual_sums": (("group", "branch", "token", "summed", "part"), sums),
+                "residual_sums": (("group", "branch", "token", "summed", "sum_and_count"), sums),
                 "residual_histogram": (("group", "branch", "token", "bin"), histogram),
             },
             coords={
                 "branch": self.names,
                 "token": list(TOKENS),
-                "quantity": list(values),
+                "quantity": [*QUANTITIES, "median"],
                 "summed": list(QUANTITIES),
-                "part": ["sum", "count"],
+                "sum_and_count": ["sum", "count"],
             },
         )
 
@@ -444,126 +409,14 @@ def _kind(layer: str) -> str:
 
 
 def estimate(
-    record: xr.Dataset,
-    statistic: Callable[[Curves], float],
-    cast: dict[str, str] | None = None,
-) -> tuple[float, float, float]:
-    """A statistic of a record's curves with its 95 % interval over images: value, low, high.
-
-    The interval is a jackknife over groups of minibatches; ``cast`` as for :class:`Curves`.
-    """
+    record: xr.Dataset, statistic: Callable[[Curves], float], cast: dict[str, str] | None = None
+) -> Estimate:
+    """A statistic of a record's curves with its interval over images; ``cast`` as for Curves."""
     curves = Curves(record, cast)
-    groups = [record[name].values.astype(float) for name in ("residual_sums", "residual_histogram")]
-    shapes = [part.shape[1:] for part in groups]
-    flat = np.concatenate([part.reshape(len(part), -1) for part in groups], axis=1)
-    end = int(np.prod(shapes[0]))
 
-    def of_sums(total):
-        means = _mean(total[:end].reshape(shapes[0]))
-        medians = median(total[end:].reshape(shapes[1]))
+    def of_sums(sums, histogram):
         part = copy.copy(curves)
-        part._values = np.concatenate([means, medians[..., None]], axis=-1)
-        return np.asarray(float(statistic(part)))
+        part._values = np.concatenate([_mean(sums), median(histogram)[..., None]], axis=-1)
+        return float(statistic(part))
 
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value, margin = float(of_sums(flat.sum(0))), float(jackknife_margin(flat, of_sums))
-    return value, value - margin, value + margin
-
-
-# Statistics of the claims -------------------------------------------------------------------------
-
-
-def class_over_patches(
-    curves: Curves, quantity: str = "ratio", skip_first: bool = True
-) -> tuple[float, float]:
-    """How far the class token's ratio lies above the patches', early and late.
-
-    In doublings, averaged over blocks and sub-layers of the first and of the second half. The first
-    block is left out: its class token is a learned constant, as short or long as it was made.
-    """
-
-    def doublings(sublayer):
-        return np.log2(_class(curves, sublayer, quantity) / _patch(curves, sublayer, quantity))
-
-    return _halves(_by_block(doublings), skip_first)
-
-
-def crossing(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
-    """How far the class token's ratio lies above the patches' early, and below them late.
-
-    The smaller of the two in :func:`class_over_patches`, so that it is positive only if the curves
-    cross.
-    """
-    early, late = class_over_patches(curves, quantity, skip_first)
-    return min(early, -late)
-
-
-def above_resnet(curves: Curves, quantity: str = "median") -> float:
-    """Median over the ViT's sub-layers of how far its patches' ratio exceeds the ResNet's.
-
-    In doublings, at equal relative depth; positive if it does at most depths. The ResNet's curve is
-    interpolated between its units, without those whose skip is a projection; NaN if all are. Of
-    medians, because a ResNet's branch adds nothing at all where every channel is cut off by its
-    ReLU, and one such location makes the mean infinite.
-    """
-    vit = np.log2(curves("vit", quantity=quantity))
-    resnet = np.log2(curves("resnet", quantity=quantity))
-    identity = ~curves.projected("resnet")
-    if not identity.any():
-        return np.nan
-    depth = np.linspace(0, 1, len(resnet))[identity]
-    return float(np.median(vit - np.interp(np.linspace(0, 1, len(vit)), depth, resnet[identity])))
-
-
-def class_changes_late(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
-    """By how many doublings the class token's ratio is lower in the second half of the blocks."""
-    ratio = _by_block(lambda sub: np.log2(_class(curves, sub, quantity)))
-    early, late = _halves(ratio, skip_first)
-    return early - late
-
-
-def class_changes_by_mlp(curves: Curves, quantity: str = "ratio") -> float:
-    """By how many doublings the class token's ratio is lower at the MLPs of the second half.
-
-    Lower than at the attentions of the same blocks, that is.
-    """
-    attention, mlp = (np.log2(_class(curves, sub, quantity)) for sub in ("attention", "mlp"))
-    return _halves(attention - mlp, skip_first=False)[1]
-
-
-def patches_align(curves: Curves) -> float:
-    """By how much the patches' cosine of z with z + f(z) is higher in the second half of blocks."""
-    cosine = _by_block(lambda sub: _patch(curves, sub, "cosine"))
-    early, late = _halves(cosine, skip_first=False)
-    return late - early
-
-
-def patches_aligned(curves: Curves) -> float:
-    """The patches' cosine of z with z + f(z) in the last block, mean of attention and MLP."""
-    return float(_by_block(lambda sub: _patch(curves, sub, "cosine"))[-1])
-
-
-def class_turns(curves: Curves, skip_first: bool = True) -> float:
-    """By how much the class token's cosine of z with z + f(z) is lower in the second half."""
-    cosine = _by_block(lambda sub: _class(curves, sub, "cosine"))
-    early, late = _halves(cosine, skip_first)
-    return early - late
-
-
-def _class(curves, sublayer, quantity):
-    return curves("vit", sublayer, "class", quantity)
-
-
-def _patch(curves, sublayer, quantity):
-    return curves("vit", sublayer, "patch", quantity)
-
-
-def _by_block(of_sublayer) -> np.ndarray:
-    """Mean over attention and MLP of what a function gives for each, (blocks,)."""
-    return np.mean([of_sublayer("attention"), of_sublayer("mlp")], axis=0)
-
-
-def _halves(curve: np.ndarray, skip_first: bool) -> tuple[float, float]:
-    """Means over the first and the second half of a curve over blocks."""
-    half = len(curve) // 2
-    return float(curve[int(skip_first) : half].mean()), float(curve[half:].mean())
+    return jackknife((record["residual_sums"].values, record["residual_histogram"].values), of_sums)

@@ -6,19 +6,19 @@ Fig. 11) take seconds.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
-from scipy import stats
 from torch import Tensor
-from torchmetrics import Metric
 
+from lib.measure import Measurement
 from lib.measurements.localisation import coarsen
-from lib.taps import split_tokens
+from lib.measurements.places import Layout, layouts
 
 PENALTIES = tuple(8.0**power for power in range(7))
 READOUTS = ("class token", "mean of patches", "mean of all", "first patch")
@@ -136,7 +136,7 @@ def few_shot(labels: Tensor, shots: int, draws: int, seed: int = 0) -> list[Tens
     ]
 
 
-class Probes(Metric):
+class Probes(Measurement):
     """What can be read from the tapped layers: the image's class and the object's place.
 
     ``shots`` images of every class are drawn several times, never the same ones. Each draw fits its
@@ -163,8 +163,7 @@ class Probes(Metric):
         are 50 MB per tap. So measure one network at a time.
     """
 
-    full_state_update = False
-    is_differentiable = False
+    needs = ("labels", "boxes")
 
     def __init__(
         self,
@@ -176,79 +175,45 @@ class Probes(Metric):
         seed: int = 0,
         budget: int = 2 * 2**30,
     ):
-        super().__init__()
+        super().__init__(taps)
         if draws < 2:
             raise ValueError(f"the spread over draws needs at least 2 of them, not {draws}")
-        self.taps, self.grid, self.width = taps, grid, width
+        self.grid, self.width = grid, width
         self.shots, self.draws, self.seed = shots, draws, seed
         self.budget = budget
-        self.names: list[str] = []
-        self.kept = 0
         for state in ("order", "labels", "centres"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
-    @property
-    def settings(self) -> dict:
-        """What a record of this measurement depends on."""
-        wanted = ("taps", "grid", "width", "shots", "draws", "seed")
-        return {name: getattr(self, name) for name in wanted}
-
-    def reset(self) -> None:
-        """Forget all images."""
-        super().reset()
-        self.names, self.kept = [], 0
-
-    def reduce(self, value: Tensor) -> Tensor:
+    def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
         """What a hook keeps of an activation: (n, 2 + tokens, width), float32.
 
         The class token (NaN if there is none), the mean of all tokens, and the patch tokens.
         """
         if self.width and self.grid and value.dim() == 4:
-            value = into_channels(value, self.width, self.grid)
-        cells, others = split_tokens(value.float())
+            value = value.movedim(-1, 1) if where.channels_last else value
+            value, where = into_channels(value, self.width, self.grid), Layout()
+        cells, others = where.split(value.float())
         count = others.shape[1] + cells.shape[1]
         everything = (others.sum(1, keepdim=True) + cells.sum(1, keepdim=True)) / count
-        first = others[:, :1] if others.shape[1] else torch.full_like(everything, torch.nan)
+        first = others[:, :1] if where.class_token else torch.full_like(everything, torch.nan)
         return torch.cat([first, everything, coarsen(cells, self.grid)], dim=1).cpu()
 
-    def reduce_images(self, images) -> dict[str, Tensor]:
-        """What is kept of the images: their labels and the centres of their objects, in pixels."""
-        boxes = images.boxes
-        centres = torch.stack([boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]], dim=1) / 2
-        return {"labels": images.labels, "centres": centres}
+    def reducer(self, model, names, x):
+        """As :meth:`reduce`, with the places that the network's tokens have."""
+        found = layouts(model, names, x)
+        return lambda name, value: self.reduce(value, found[name])
 
-    def update(
-        self,
-        activations: Mapping[str, Tensor] | None = None,
-        *,
-        labels: Tensor | None = None,
-        centres: Tensor | None = None,
-        reduced: Mapping | None = None,
-        batch: int | None = None,
-    ) -> None:
-        """Add one minibatch: activations by name, labels (n,) and objects' centres (n, 2).
+    def update(self, reduced, images=None, batch=None) -> None:
+        """Add one minibatch: by tap, what :meth:`reduce` made of it, and its images."""
+        self.number = int(self.batches) if batch is None else batch
+        super().update(reduced, images, batch)
 
-        Or ``reduced``, what :meth:`reduce` and, under ``"images"``, :meth:`reduce_images` made of
-        it. ``batch`` is the minibatch's number; by default they are counted.
-        """
-        if reduced is None:
-            if activations is None or labels is None or centres is None:
-                raise ValueError("give update() activations, labels and centres")
-            reduced = {name: self.reduce(torch.as_tensor(x)) for name, x in activations.items()}
-        else:
-            reduced = dict(reduced)
-            labels, centres = (reduced["images"][name] for name in ("labels", "centres"))
-            del reduced["images"]
-        sizes = {name: len(x) for name, x in reduced.items()} | {"labels": len(labels)}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"features and labels must be of the same images; got {sizes}")
-        if not self.names:
-            self.names = list(reduced)
-            for place in range(len(self.names)):
-                self.add_state(f"features_{place}", [], dist_reduce_fx="cat")
-        if set(reduced) != set(self.names):
-            odd = sorted(set(reduced) ^ set(self.names))
-            raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
+    def make_room(self, reduced, images) -> None:
+        self.kept = 0
+        for place in range(len(self.names)):
+            self.add_state(f"features_{place}", [], dist_reduce_fx="cat")
+
+    def add(self, group, reduced, images) -> None:
         self.kept += sum(x.nbytes for x in reduced.values())
         if self.kept > self.budget:
             raise ValueError(
@@ -258,12 +223,12 @@ class Probes(Metric):
             )
         for place, name in enumerate(self.names):
             getattr(self, f"features_{place}").append(reduced[name])
-        batch = len(self.order) if batch is None else batch
-        self.order.append(torch.full((len(labels),), batch))
-        self.labels.append(labels.cpu())
-        self.centres.append(centres.cpu())
+        (x0, y0, x1, y1), n = images.boxes.unbind(1), len(images)
+        self.order.append(torch.full((n,), self.number))
+        self.labels.append(images.labels.cpu())
+        self.centres.append(torch.stack([x0 + x1, y0 + y1], dim=1).cpu() / 2)
 
-    def compute(self) -> xr.Dataset:
+    def results(self) -> xr.Dataset:
         """Fit and test all probes.
 
         Returns
@@ -272,13 +237,12 @@ class Probes(Metric):
             ``right`` (tap, draw, readout, image): whether the class of a test image was read
             rightly, 1 or 0, NaN for a read-out that the network does not have. ``token_right``
             (tap, draw, image): the share of the single-token probes that read it rightly.
-            ``token_accuracy`` (tap, draw, token): the share of images each of them read rightly.
+            ``token_accuracy`` (tap, draw, probe_cell): the share of images each of them read
+            rightly. All are NaN for features that are not finite.
             ``penalty`` (tap, draw, readout or single tokens): as chosen. ``centre`` (tap,
             arrangement, image, axis): the object's centre as read from the layer, in pixels;
             ``true_centre`` (image, axis).
         """
-        if not self.names:
-            raise ValueError("probes need images, and none were added")
         # Several processes have dealt the minibatches among them.
         order = torch.argsort(_together(self.order), stable=True)
         labels, centres = _together(self.labels)[order], _together(self.centres)[order]
@@ -288,10 +252,12 @@ class Probes(Metric):
         test[torch.cat(draws)] = False
         test = test.nonzero()[:, 0]
         per_tap = []
-        for place in range(len(self.names)):
+        for place, name in enumerate(self.names):
             # Tokens first, so that each has its matrix of features.
             features = _together(getattr(self, f"features_{place}"))
             features = (features[order] if dealt else features).transpose(0, 1)
+            if not features[1:].isfinite().all():
+                warnings.warn(f"features of {name} are not finite: not probed", stacklevel=2)
             per_tap.append(
                 _probe_classes(features, labels, draws, test)
                 | _find_objects(features, centres, draws, test)
@@ -299,7 +265,7 @@ class Probes(Metric):
         axes = {
             "right": ("tap", "draw", "readout", "image"),
             "token_right": ("tap", "draw", "image"),
-            "token_accuracy": ("tap", "draw", "token"),
+            "token_accuracy": ("tap", "draw", "probe_cell"),
             "penalty": ("tap", "draw", "probe"),
             "centre": ("tap", "arrangement", "image", "axis"),
         }
@@ -343,8 +309,8 @@ def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
     for fitted, held_out in zip(draws, [*draws[1:], draws[0]], strict=True):
         hits, chosen = [], []
         for x in inputs:
-            if x[..., 0, :].isnan().any():
-                hits.append(torch.full(test.shape, torch.nan))
+            if not x.isfinite().all():
+                hits.append(torch.full((*x.shape[:-2], len(test)), torch.nan))
                 chosen.append(math.nan)
                 continue
             fit, held = (Part(x[..., i, :], targets[i]) for i in (fitted, held_out))
@@ -374,6 +340,9 @@ def _find_objects(features, centres, draws, test) -> dict[str, np.ndarray]:
     fitted, held_out = torch.cat(draws[:-1]), draws[-1]
     found = []
     for x in (features[2:].transpose(0, 1).flatten(1), features[2:].mean(0)):
+        if not (x.isfinite().all() and centres.isfinite().all()):
+            found.append(torch.full((len(test), 2), torch.nan))
+            continue
         fit, held = (Part(x[i], centres[i]) for i in (fitted, held_out))
         found.append(read_out(fit, held, x[test], negative_error)[0])
     return {"centre": torch.stack(found).numpy()}
@@ -382,41 +351,3 @@ def _find_objects(features, centres, draws, test) -> dict[str, np.ndarray]:
 def _together(state) -> Tensor:
     """A list state as one tensor; after a reduction over processes it is one already."""
     return state if isinstance(state, Tensor) else torch.cat(state)
-
-
-# What the results say -----------------------------------------------------------------------------
-
-
-def mean_interval(scores, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean of scores (draws, images), or (images,), with its interval: value, low, high.
-
-    Draws and images are crossed: every draw's probes read the same test images. The variances of
-    the mean that come from either are added, and their degrees of freedom are Satterthwaite's. For
-    the difference of two probes give the differences, for their errors are not independent.
-    """
-    scores = np.atleast_2d(np.asarray(scores, dtype=float))
-    draws, images = scores.shape
-    over_draws = scores.mean(1).var(ddof=1) / draws if draws > 1 else 0.0
-    over_images = scores.mean(0).var(ddof=1) / images
-    variance = over_draws + over_images
-    value = float(scores.mean())
-    if variance == 0:
-        return value, value, value
-    freedom = over_draws**2 / max(1, draws - 1) + over_images**2 / (images - 1)
-    freedom = variance**2 / freedom
-    margin = float(stats.t.ppf(0.5 + confidence / 2, freedom) * np.sqrt(variance))
-    return value, value - margin, value + margin
-
-
-def r_squared(found, true) -> float:
-    """Share of the variance of the true centres (n, 2) that the found ones explain.
-
-    1 is perfect, 0 as good as always guessing the mean, negative worse than that.
-    """
-    found, true = np.asarray(found, dtype=float), np.asarray(true, dtype=float)
-    return float(1 - ((found - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum())
-
-
-def pixel_error(found, true) -> np.ndarray:
-    """Distance (n,) between found and true centres (n, 2), in pixels."""
-    return np.hypot(*np.moveaxis(np.asarray(found) - np.asarray(true), -1, 0))

@@ -15,8 +15,9 @@ import xarray as xr
 from torch import Tensor, nn
 
 from lib import records
-from lib.cka import jackknife_margin
-from lib.taps import split_tokens, tap_names, tapping
+from lib.intervals import Estimate, jackknife
+from lib.measurements.places import layouts
+from lib.taps import tap_names, tapping
 
 
 def receptive_field(
@@ -27,6 +28,7 @@ def receptive_field(
     groups: int = 16,
     seed: int = 0,
     batch_size: int = 32,
+    device="cpu",
 ) -> xr.Dataset:
     """Effective receptive fields of the central location of some layers.
 
@@ -40,7 +42,7 @@ def receptive_field(
         See :func:`lib.taps.tap_names`; each must make patch tokens or feature maps.
     channels : int
         Channels drawn for each image. A backward pass serves all images of a minibatch at once,
-        and every image has its own channel in it: 32 images and 4 channels are 128 gradients per
+        and every image has its own channel in it: 64 images and 4 channels are 256 gradients per
         tap for the price of four backward passes.
     groups : int
         Images are dealt to this many groups, which are kept apart for intervals.
@@ -62,6 +64,8 @@ def receptive_field(
     if channels < 1 or groups < 1:
         raise ValueError(f"cannot draw {channels} channels for {groups} groups of images")
     groups, fields = min(groups, len(x)), {}
+    model, x = model.to(device), x.to(device)
+    where = layouts(model, tap_names(model, taps), x[:1])
     for first in range(0, len(x), batch_size):
         part = x[first : first + batch_size].detach().clone().requires_grad_()
         with _frozen(model), torch.enable_grad():
@@ -69,7 +73,7 @@ def receptive_field(
 
             def receive(name, value, cells=cells):
                 # A clone, as the model may go on to change the value in place.
-                cells[name] = split_tokens(value.clone())[0]
+                cells[name] = where[name].split(value.clone())[0]
 
             with tapping(model, taps, receive, graph=True):
                 model(part)
@@ -150,10 +154,11 @@ def _frozen(model: nn.Module):
 def measure_receptive_fields(
     study,
     taps: Mapping[str, str | Sequence[str]],
-    n_images: int = 32,
+    n_images: int = 64,
     channels: int = 4,
     seed: int = 0,
     device="cpu",
+    own: Mapping[str, tuple[str, nn.Module]] | None = None,
 ) -> xr.Dataset:
     """Receptive fields of a study's networks, from the cache if nothing has changed.
 
@@ -164,6 +169,9 @@ def measure_receptive_fields(
     ----------
     taps : dict
         Which taps of which role.
+    own : dict, optional
+        Networks that the study does not have, under further names in ``taps``: the role whose
+        input a network takes, and the network.
     n_images, channels, seed, device
         As for :func:`lib.measure.measure` and :func:`receptive_field`.
 
@@ -174,64 +182,27 @@ def measure_receptive_fields(
         ``role`` and ``layer``.
     """
     images = study.images(n_images, seed)
-    networks = {role: study.model(role) for role in taps}
     precision = torch.float32 if torch.device(device).type == "mps" else torch.float64
-    inputs = records.inputs(study, networks, images)
-    facts = {
-        "study": study.name,
-        "images": inputs["images"],
-        "n_images": len(images),
-        "channels": channels,
-        "seed": seed,
-        "weights": inputs["weights"],
-    }
-    depends_on = (
-        facts
-        | inputs
-        | {
-            "what": "receptive fields",
-            "taps": {role: tap_names(model, taps[role]) for role, model in networks.items()},
-        }
-    )
-
-    def compute():
-        parts = []
-        for role, model in networks.items():
-            x = study.to_input(images.pixels, role).to(device, precision)
-            model.to(device, precision)
-            part = receptive_field(model, x, taps[role], channels, seed=seed)
-            layers = part["tap"].values.tolist()
-            names = [f"{role}/{layer}" for layer in layers]
-            part = part.assign_coords(tap=names, layer=("tap", layers))
-            parts.append(part.assign_coords(role=("tap", [role] * len(layers))))
-        frame = max(part.sizes["x"] for part in parts)
-        parts = [
-            part.pad(
-                {axis: (0, frame - part.sizes[axis]) for axis in ("y", "x")}, constant_values=0
-            )
-            for part in parts
-        ]
-        record = xr.concat(parts, "tap")
-        record.attrs = records.provenance(device=records.device_name(device), **facts)
-        return record
-
-    return records.cached(depends_on, compute)
-
-
-def kernel_width(model: nn.Module, unit: str) -> int:
-    """How wide, in pixels, the kernels up to the end of a ResNet's unit let one location see."""
-    width, stride, inside = 1, 1, False
-    for name, module in model.named_modules():
-        if inside and not name.startswith(f"{unit}."):
-            break
-        inside = inside or name == unit
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) and "downsample" not in name:
-            kernel, step = (
-                one if isinstance(one, int) else one[0]
-                for one in (module.kernel_size, module.stride)
-            )
-            width, stride = width + (kernel - 1) * stride, stride * step
-    return width
+    parts = []
+    for role in taps:
+        takes, model = (own or {}).get(role) or (role, study.model(role))
+        x = study.to_input(images.pixels, takes).to(precision)
+        model = model.to(precision)
+        names = tap_names(model, taps[role])
+        part = records.cached(receptive_field, model, x, names, channels, seed=seed, device=device)
+        layer = part["tap"].values.tolist()
+        part = part.assign_coords(
+            tap=[f"{role}/{name}" for name in layer],
+            layer=("tap", layer),
+            role=("tap", [role] * len(layer)),
+        )
+        parts.append(part)
+    frame = max(part.sizes["x"] for part in parts)
+    parts = [
+        part.pad({axis: (0, frame - part.sizes[axis]) for axis in ("y", "x")}, constant_values=0)
+        for part in parts
+    ]
+    return xr.concat(parts, "tap")
 
 
 # What the fields say ------------------------------------------------------------------------------
@@ -273,12 +244,6 @@ def patch_shares(field: np.ndarray, centre: float, patch_size: float) -> np.ndar
     return shares
 
 
-def central_share(field: np.ndarray, centre: float, patch_size: float) -> float:
-    """Share of the field in the square of one patch around the location."""
-    shares = patch_shares(field, centre, patch_size)
-    return float(shares[tuple(size // 2 for size in shares.shape)])
-
-
 def dominance(field: np.ndarray, centre: float, patch_size: float) -> float:
     """Share of the field in the location's own patch minus that in the strongest other patch."""
     shares = patch_shares(field, centre, patch_size)
@@ -301,8 +266,8 @@ def widening(vit: Sequence[float], resnet: Sequence[float]) -> float:
 
 def estimate(
     record: xr.Dataset, statistic: Callable[[dict[str, tuple[np.ndarray, float]]], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A statistic of fields with its interval over images (jackknife over groups of images).
+) -> Estimate:
+    """A statistic of fields with its interval over images.
 
     Parameters
     ----------
@@ -311,17 +276,10 @@ def estimate(
     statistic : callable
         Of a dictionary from a tap's name to its field and centre, for instance
         ``lambda fields: radius(*fields["vit/blocks.0"])``.
-
-    Returns
-    -------
-    value, low, high
     """
-    groups, centre = record["field"].values.astype(float), record["centre"].values
-    names = record["tap"].values.tolist()
+    names, centres = record["tap"].values.tolist(), record["centre"].values.tolist()
 
     def of(fields):
-        pairs = zip(fields, centre.tolist(), strict=True)
-        return np.asarray(statistic(dict(zip(names, pairs, strict=True))))
+        return statistic(dict(zip(names, zip(fields, centres, strict=True), strict=True)))
 
-    value, margin = of(groups.sum(0)), jackknife_margin(groups, of)
-    return value, value - margin, value + margin
+    return jackknife(record["field"].values, of)

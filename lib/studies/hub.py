@@ -1,7 +1,6 @@
 """Public checkpoints: timm's networks with weights from the Hugging Face hub or from a file.
 
-Weights are loaded completely or not at all, and whatever goes wrong on the way is one sentence that
-says what to do about it.
+Weights are loaded completely or not at all, and every error on the way is one sentence with a cure.
 """
 
 import difflib
@@ -17,6 +16,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    FileMetadataError,
     GatedRepoError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -27,34 +27,37 @@ from torch import nn
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 ON_THE_HUB = "hf-hub:"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSALS = {
+    401: "it does not know the token (401): renew HF_TOKEN, or unset it",
+    403: "it is forbidden (403): set HF_TOKEN to a token that may read it",
+    429: "it was asked too often (429): wait some minutes, set HF_TOKEN",
+}
 
 
 class HubError(RuntimeError):
-    """Weights that could not be had, or not be read."""
+    """Weights that could not be downloaded, or not be read."""
 
 
 @functools.lru_cache
 def config(name: str) -> dict:
-    """What timm knows of a checkpoint: mean and std of its input, licence, where its weights are.
+    """timm's facts about a checkpoint: mean and std of its input, licence, place of its weights.
 
     Parameters
     ----------
     name : str
         As timm spells it, ``"vit_base_patch16_224.augreg_in21k"``, or ``"hf-hub:user/repository"``
-        for a network that somebody else has put on the hub.
+        for any other network on the hub.
     """
     if name.startswith(ON_THE_HUB):
         repository = name.removeprefix(ON_THE_HUB)
         return _from_hub(name, lambda: load_model_config_from_hf(repository)[0])
     architecture, _, tag = name.partition(".")
-    known = timm.list_models() if not timm.is_model(architecture) else []
-    if known:
-        near = difflib.get_close_matches(architecture, known, n=1)
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+        meant = f" (is it {near[0]!r} you mean?)" if near else ""
         raise ValueError(
-            f"timm {timm.__version__} has no network {architecture!r}"
-            + (f" (is it {near[0]!r} you mean?)" if near else "")
-            + "; timm.list_models() names all"
+            f"timm {timm.__version__} has no network {architecture!r}{meant}; "
+            "timm.list_models() names all"
         )
     tagged = [found.partition(".")[2] for found in timm.list_pretrained(architecture)]
     if tag and tag not in tagged:
@@ -146,10 +149,8 @@ def is_here(name: str) -> bool:
         repository, revision, files = _place(name)
     except (HubError, ValueError):
         return False
-    return any(
-        isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
-        for file in files
-    )
+    found = [try_to_load_from_cache(repository, file, revision=revision) for file in files]
+    return any(isinstance(path, str) for path in found)
 
 
 def _place(name: str) -> tuple[str, str | None, tuple[str, ...]]:
@@ -169,69 +170,71 @@ def _place(name: str) -> tuple[str, str | None, tuple[str, ...]]:
 
 
 def _first_of(repository, revision, files) -> Path:
-    for file in files:
-        try:
-            return Path(hf_hub_download(repository, file, revision=revision))
-        except LocalEntryNotFoundError:
+    file, *others = files
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except EntryNotFoundError as error:
+        if isinstance(error, LocalEntryNotFoundError) or not others:
             raise
-        except EntryNotFoundError:
-            if file == files[-1]:
-                raise
+        return _first_of(repository, revision, others)
 
 
 def _from_hub(name, download):
     """Call the hub's client; its errors come out as one sentence."""
-    endpoint, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
-    file = "or give a file of weights"
     try:
         return download()
-    except LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, OfflineModeIsEnabled):
-            why = "HF_HUB_OFFLINE forbids to download them: unset it"
-        else:
-            why = f"{endpoint} does not answer: set HF_ENDPOINT to a mirror that does"
-        raise HubError(
-            f"the weights of {name} are not on this machine ({cache}), and {why}, set HF_HOME to a "
-            f"folder that has them, {file}"
-        ) from error
-    except GatedRepoError as error:
-        raise HubError(
-            f"{endpoint} gives the weights of {name} only to those who have accepted their terms: "
-            f"do so on its page and set HF_TOKEN, {file}"
-        ) from error
-    except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        raise HubError(
-            f"{endpoint} has no weights of {name} (404): check the name, set HF_ENDPOINT to "
-            f"a mirror that has them, {file}"
-        ) from error
-    except OSError as error:
-        if error.errno in _FULL:
-            raise HubError(
-                f"there is no room in {cache} for the weights of {name}, and nothing was kept: "
-                "make room, or set HF_HOME to a folder on another disk"
-            ) from error
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise HubError(
-                f"the weights of {name} cannot be written to {cache}: set HF_HOME to a folder "
-                "of yours"
-            ) from error
-        raise _broken_off(name, error) from error
     except Exception as error:  # whichever HTTP library the client uses
-        raise _broken_off(name, error) from error
+        raise HubError(f"{_trouble(name, error)}, or give a file of weights") from error
 
 
-def _broken_off(name, error):
-    return HubError(
-        f"the download of {name} from {constants.ENDPOINT} broke off, and nothing was kept "
-        f"({_line(error)}): try again, set HF_ENDPOINT to a mirror, or give a file of weights"
+def _trouble(name: str, error: Exception) -> str:
+    """Why the hub's client failed, and what to do about it."""
+    hub, cache = constants.ENDPOINT, constants.HF_HUB_CACHE
+    if number := getattr(error, "errno", None):
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"there is no room in {cache} for {name}, and nothing was kept: set HF_HOME"
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"{name} cannot be written to {cache}: set HF_HOME to a folder of yours"
+    # The client wraps errors of its first request.
+    silent = isinstance(error, LocalEntryNotFoundError)
+    error = (silent and error.__cause__) or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            f"the weights of {name} are not in {cache}, and HF_HUB_OFFLINE forbids to download "
+            "them: unset it, set HF_HOME to a folder that has them"
+        )
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{hub} gives the weights of {name} only to those who have accepted their terms: "
+            "do so on its page and set HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError | EntryNotFoundError) and status:
+        return (
+            f"{hub} has no weights of {name} ({status}): check the name, set HF_TOKEN if they are "
+            "private, set HF_ENDPOINT to a mirror"
+        )
+    if status in REFUSALS:
+        return f"{hub} refuses to give {name}: {REFUSALS[status]}"
+    if isinstance(error, FileMetadataError):
+        return (
+            f"{hub} answers as no hub does, perhaps with a login page, when asked for {name}: open "
+            "it in a browser, set HF_ENDPOINT to a mirror"
+        )
+    if silent:
+        return (
+            f"the weights of {name} are not in {cache}, and {hub} does not answer: set HF_ENDPOINT "
+            "to a mirror that does, set HF_HOME to a folder that has them"
+        )
+    return (
+        f"the download of {name} from {hub} broke off, and nothing was kept ({_line(error)}): try "
+        "again, set HF_ENDPOINT to a mirror"
     )
 
 
 def _create(name, size, classes, **source) -> nn.Module:
-    found = config(name)
     options = {} if classes is None else {"num_classes": classes}
-    if found.get("fixed_input_size"):
-        options["img_size"] = size
+    options |= {"img_size": size} if config(name).get("fixed_input_size") else {}
     return timm.create_model(name, **options, **source)
 
 
@@ -250,9 +253,9 @@ def _classes(found: dict, weights, state=None) -> int | None:
 
 
 def _misfit(error: Exception) -> str:
-    """The first thing that does not fit, of torch's list of everything that does not."""
+    """The first thing that does not fit, of torch's list below its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
+    told = [*lines[1:2], *lines[:1], type(error).__name__][0]
     return told if len(told) <= 160 else f"{told[:160]}..."
 
 

@@ -10,7 +10,7 @@ class Images:
     """Images in memory.
 
     pixels : uint8 (n, 3, h, w), RGB
-    labels : int64 (n,); asking for them is an error where nobody said what the images show
+    labels : int64 (n,); asking for them is an error where they are unknown
     boxes  : float32 (n, 4), the object's ``x0, y0, x1, y1`` in pixels; NaN where unknown
     """
 
@@ -30,7 +30,7 @@ class Images:
 
     @property
     def labelled(self) -> bool:
-        """Whether somebody said what the images show."""
+        """Whether class labels are known."""
         return self._labels is not None
 
     @property

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from lib.measurements import probes
-from lib.studies.training import Recipe
+from lib.studies.recipes import Recipe
 from lib.taps import collect
 
 
@@ -114,7 +113,10 @@ def _take(tokens: Tensor, which: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_classifier(model: VisionTransformer, pixels: Tensor, labels: Tensor, to_input) -> None:
-    """Replace a ViT's linear classifier by the ridge regression on what it reads (in place).
+    """Replace a ViT's linear classifier by the ridge regression on its input (in place).
+
+    Of labels as +1 and -1 on standardised features; the penalty is a thousandth of the images, and
+    the bias has none.
 
     Parameters
     ----------
@@ -124,8 +126,14 @@ def fit_classifier(model: VisionTransformer, pixels: Tensor, labels: Tensor, to_
         Makes the network's input of uint8 pixels.
     """
     read = "head:input"
-    features = [collect(model, to_input(part), read)[read] for part in pixels.split(256)]
-    fit = probes.Part(torch.cat(features).double(), probes.signs(labels, model.num_classes))
-    weights, bias = probes.ridge(fit, [len(pixels) / 1000])
-    model.head.weight.copy_(weights[:, 0].mT)
-    model.head.bias.copy_(bias[0])
+    parts = [collect(model, to_input(part), read)[read] for part in pixels.split(256)]
+    features = torch.cat(parts).double()
+    mean = features.mean(0)
+    # A feature that is the same for all images is left alone.
+    deviation = features.std(0, correction=0).clamp(min=1e-9)
+    x = (features - mean) / deviation
+    y = (2.0 * F.one_hot(labels, model.num_classes) - 1).to(x)
+    penalty = len(x) / 1000 * torch.eye(x.shape[1]).to(x)
+    weights = torch.linalg.solve(x.mT @ x + penalty, x.mT @ (y - y.mean(0))) / deviation[:, None]
+    model.head.weight.copy_(weights.mT)
+    model.head.bias.copy_(y.mean(0) - mean @ weights)

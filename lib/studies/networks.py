@@ -110,7 +110,7 @@ class BlockWithoutSkips(Block):
     ``skip`` is the share of its input that it still hands on: training may fade it out.
     """
 
-    skip = 0.0
+    skip, skipless = 0.0, True
 
     def forward(self, x, attn_mask=None, is_causal=False):
         attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
@@ -121,7 +121,7 @@ class BlockWithoutSkips(Block):
 class UnitWithoutSkip(PreActBottleneck):
     """A residual unit that hands on what its convolutions make, and nothing of its input."""
 
-    skip = 0.0
+    skip, skipless = 0.0, True
 
     def forward(self, x):
         made = self.conv1(self.norm1(x))
@@ -153,30 +153,39 @@ def blocks_without_skips(model: nn.Module) -> list[int]:
     """Which blocks or residual units of a network lost their skips, counted from 0."""
     kinds = (Block, PreActBottleneck)  # those without are of their kind
     blocks = [module for module in model.modules() if isinstance(module, kinds)]
-    lost = (BlockWithoutSkips, UnitWithoutSkip)
-    return [number for number, block in enumerate(blocks) if isinstance(block, lost)]
+    return [number for number, block in enumerate(blocks) if hasattr(block, "skipless")]
 
 
-ARCHITECTURES = {
-    "vit": vit,
-    "vit_gap": vit_gap,
-    "resnet": resnet,
-    "mixer": mixer,
-    "vit_no_skip_early": lambda size=LAB: without_skips(vit(size), 1),
-    "vit_no_skip_middle": lambda size=LAB: without_skips(vit(size), size.depth // 2),
-    "vit_no_skip_late": lambda size=LAB: without_skips(vit(size), size.depth - 2),
-    "resnet_no_skip_middle": lambda size=LAB: without_skips(resnet(size), 6),
+ARCHITECTURES = {"vit": vit, "vit_gap": vit_gap, "resnet": resnet, "mixer": mixer}
+# Networks without the skips of one block: the intact one, and which of its blocks.
+CUTS = {
+    "vit_no_skip_early": ("vit", lambda size: 1),
+    "vit_no_skip_middle": ("vit", lambda size: size.depth // 2),
+    "vit_no_skip_late": ("vit", lambda size: size.depth - 2),
+    "resnet_no_skip_middle": ("resnet", lambda size: 6),
 }
 
 
+def family(architecture: str) -> str:
+    """The architecture, with all its skip connections."""
+    return CUTS[architecture][0] if architecture in CUTS else architecture
+
+
+def cut(architecture: str, size: Size = LAB) -> int | None:
+    """The block or residual unit whose skips an architecture misses; None for intact ones."""
+    return CUTS[architecture][1](size) if architecture in CUTS else None
+
+
 def build(architecture: str, seed: int, size: Size = LAB) -> nn.Module:
-    """A randomly initialised network in evaluation mode; the same seed gives the same weights."""
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    """A network with random weights, the same for the same seed, in evaluation mode."""
+    if family(architecture) not in ARCHITECTURES:
+        known = ", ".join([*ARCHITECTURES, *CUTS])
         raise ValueError(f"there is no architecture {architecture!r}; there are {known}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ARCHITECTURES[architecture](size).eval()
+        model = ARCHITECTURES[family(architecture)](size).eval()
+    block = cut(architecture, size)
+    return model if block is None else without_skips(model, block)
 
 
 def multiply_adds(model: nn.Module, size: int = scenes.SIZE) -> int:

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import records, studies
+from lib import records
 from lib.cka import MinibatchCKA
 from lib.measure import measure
-from lib.studies import TinyImagenetSmall, load_study, networks, pictures, tiny_imagenet, training
-from lib.studies.training import CroppingRecipe, Recipe, crop
+from lib.studies import load_study, networks, photographs, pictures, recipes, study, training
+from lib.studies.photographs import Photographs
+from lib.studies.recipes import CroppingRecipe, Recipe, crop
 
 WNIDS = ("n03000000", "n01000000", "n02000000")  # not in sorted order, as the publisher's are not
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tiny-imagenet"
@@ -75,7 +76,7 @@ def unpacked(published, tmp_path_factory):
     root, source = folder / "tiny-imagenet", published / "tiny-imagenet-200"
     rows = []
     for name in ("train", "val"):
-        for wnid, path, sides in tiny_imagenet._published(source, name):
+        for wnid, path, sides in photographs._published(source, name):
             target = root / name / wnid / f"{path.stem}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
@@ -97,8 +98,8 @@ def one_sentence(error) -> str:
 
 
 def test_the_publishers_layout(published):
-    root = tiny_imagenet.find(published)
-    train = tiny_imagenet.read_split(root, "train")
+    root = photographs.find(published)
+    train = photographs.read_split(root, "train")
     assert train.classes == ["class 1", "class 2", "class 3"]  # by WordNet's number
     assert train.labels == [0] * EACH + [1] * EACH + [2] * EACH
     # By number: 2 before 10.
@@ -106,26 +107,25 @@ def test_the_publishers_layout(published):
     # n01000000 was written second, so its first picture is of seed 13; the last pixel is included.
     x0, y0, x1, y1 = box(EACH + 1)
     assert train.boxes[0].tolist() == [x0, y0, x1 + 1, y1 + 1]
-    val = tiny_imagenet.read_split(root, "val")
+    val = photographs.read_split(root, "val")
     assert Counter(val.labels) == {0: VAL, 1: VAL, 2: VAL}
     assert [p.stem for p in val.paths[:VAL]] == [f"val_{k}" for k in (1, 4, 7, 10, 13)]
 
 
 @pytest.mark.parametrize("name", ["train", "val"])
-def test_both_layouts_give_the_same_images_in_the_same_order(published, unpacked, name):
+def test_both_layouts_give_the_same_images_in_the_same_order(published, unpacked, name, tmp_path):
     one, other = (
-        tiny_imagenet.read_split(tiny_imagenet.find(folder), name)
-        for folder in (published, unpacked)
+        photographs.read_split(photographs.find(folder), name) for folder in (published, unpacked)
     )
     assert [p.stem for p in one.paths] == [p.stem for p in other.paths]
     assert (one.labels, one.classes) == (other.labels, other.classes)
     assert torch.equal(one.boxes, other.boxes)
-    assert torch.equal(tiny_imagenet.read(one, 32).pixels, tiny_imagenet.read(other, 32).pixels)
+    assert torch.equal(*(photographs.read(split, 32, tmp_path).pixels for split in (one, other)))
 
 
-def test_pixels_are_those_of_the_files_and_boxes_are_scaled_with_them(published):
-    split = tiny_imagenet.read_split(tiny_imagenet.find(published), "train")
-    whole, half = tiny_imagenet.read(split, 64), tiny_imagenet.read(split, 32)
+def test_pixels_are_those_of_the_files_and_boxes_are_scaled_with_them(published, tmp_path):
+    split = photographs.read_split(photographs.find(published), "train")
+    whole, half = (photographs.read(split, side, tmp_path) for side in (64, 32))
     for place in (0, 5, 20):
         with Image.open(split.paths[place]) as image:
             expected = np.asarray(image.convert("RGB"))
@@ -138,22 +138,22 @@ def test_pixels_are_those_of_the_files_and_boxes_are_scaled_with_them(published)
 
 
 def test_pixels_are_decoded_once_and_kept_in_one_file(published, tmp_path, monkeypatch):
-    split = tiny_imagenet.read_split(tiny_imagenet.find(published), "val")
-    first = tiny_imagenet.read(split, 32, tmp_path)
+    split = photographs.read_split(photographs.find(published), "val")
+    first = photographs.read(split, 32, tmp_path)
     (kept,) = tmp_path.iterdir()
     assert np.load(kept).dtype == np.uint8
-    monkeypatch.setattr(tiny_imagenet, "_decode", None)
-    assert torch.equal(tiny_imagenet.read(split, 32, tmp_path).pixels, first.pixels)
+    monkeypatch.setattr(photographs, "_decode", None)
+    assert torch.equal(photographs.read(split, 32, tmp_path).pixels, first.pixels)
     with pytest.raises(TypeError):  # another selection is another file
-        tiny_imagenet.read(split[[0, 1]], 32, tmp_path)
+        photographs.read(split[[0, 1]], 32, tmp_path)
 
 
 def test_a_damaged_picture_is_one_sentence(published, tmp_path):
-    split = tiny_imagenet.read_split(tiny_imagenet.find(published), "val")
+    split = photographs.read_split(photographs.find(published), "val")
     (tmp_path / "0.JPEG").write_bytes(split.paths[0].read_bytes()[:-200])
     broken = dataclasses.replace(split, paths=[tmp_path / "0.JPEG", *split.paths[1:]])
     with pytest.raises(ValueError, match=r"0\.JPEG cannot be read \(truncated\): unpack") as error:
-        tiny_imagenet.read(broken, 32)
+        photographs.read(broken, 32, tmp_path)
     one_sentence(error)
 
 
@@ -162,11 +162,11 @@ def test_no_pictures_and_unknown_classes_are_one_sentence(unpacked, tmp_path):
     shutil.copytree(unpacked / "tiny-imagenet", root)
     (root / "classes.tsv").write_text("wnid\tname\nn01000000\tone\nn02000000\ttwo\n")
     with pytest.raises(ValueError, match="n03000000, which its list of classes lacks") as error:
-        tiny_imagenet.read_split(root, "val")
+        photographs.read_split(root, "val")
     one_sentence(error)
     shutil.rmtree(root / "val")
     with pytest.raises(FileNotFoundError, match=r"val holds no pictures .*tiny-imagenet-200") as e:
-        tiny_imagenet.read_split(root, "val")
+        photographs.read_split(root, "val")
     one_sentence(e)
 
 
@@ -187,20 +187,20 @@ def archive(published, tmp_path, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/{path.name}"
-        monkeypatch.setattr(tiny_imagenet, "URL", url)
-        monkeypatch.setattr(tiny_imagenet, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
+        monkeypatch.setattr(photographs, "URL", url)
+        monkeypatch.setattr(photographs, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
         yield path
         server.shutdown()
 
 
 def test_the_set_is_downloaded_once_and_checked(archive, tmp_path):
     folder = tmp_path / "data"
-    root = tiny_imagenet.find(folder)
+    root = photographs.find(folder)
     assert root == folder / "tiny-imagenet-200"
-    assert len(tiny_imagenet.read_split(root, "val")) == 3 * VAL
+    assert len(photographs.read_split(root, "val")) == 3 * VAL
     assert sorted(p.name for p in folder.iterdir()) == [".lock", "tiny-imagenet-200"]
     archive.unlink()
-    assert tiny_imagenet.find(folder) == root
+    assert photographs.find(folder) == root
 
 
 @pytest.mark.parametrize("what", ["another file", "nobody there"])
@@ -211,17 +211,17 @@ def test_what_cannot_be_downloaded_says_what_to_put_where(archive, tmp_path, wha
         archive.unlink()
     folder = tmp_path / "data"
     with pytest.raises(OSError, match="could not be downloaded") as error:
-        tiny_imagenet.find(folder)
+        photographs.find(folder)
     text = one_sentence(error)
-    assert f"is not in {folder}" in text
+    assert f"downloaded into {folder} (" in text
     assert ("corrupted" if what == "another file" else "404") in text
     assert "put the publisher's folder tiny-imagenet-200/ there, unpacked from" in text
     assert [p.name for p in folder.iterdir()] == [".lock"]
 
 
 def test_url_and_md5_are_the_publishers():
-    assert tiny_imagenet.URL == "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-    assert tiny_imagenet.MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
+    assert photographs.URL == "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    assert photographs.MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 # Augmentation -------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def test_crops_are_drawn_by_seed_and_step_alone_and_stay_within_their_bounds(mon
     assert not torch.equal(dataclasses.replace(recipe, seed=1).augmented(pixels, 3), first)
 
     seen = []
-    monkeypatch.setattr(training, "crop", lambda pixels, *square: seen.append(square))
+    monkeypatch.setattr(recipes, "crop", lambda pixels, *square: seen.append(square))
     recipe.augmented(pixels, 3)
     ((x, y, extent, mirrored),) = seen
     assert (int(extent.min()), int(extent.max())) == (16, 32)
@@ -304,30 +304,83 @@ def test_crops_are_drawn_by_seed_and_step_alone_and_stay_within_their_bounds(mon
     assert mirrored.float().mean() == pytest.approx(0.5, abs=0.07)
 
 
+class Constant(torch.nn.Module):
+    """Keeps what it is shown, and gives every image the same logits."""
+
+    num_classes = 5
+
+    def forward(self, x):
+        self.seen = x
+        return torch.arange(5.0).expand(len(x), -1)
+
+
+def test_cutmix_takes_a_rectangle_from_another_image_and_weighs_labels_by_area():
+    recipe, model = CroppingRecipe(cutmix=True), Constant()
+    n, side = 8, 64
+    images = torch.arange(float(n))[:, None, None, None].expand(n, 3, side, side)
+    labels = torch.arange(n) % 5
+    surprise = -torch.log_softmax(torch.arange(5.0).double(), 0)
+    shares = []
+    for step in range(200):
+        loss = recipe.loss(model, images, labels, step)
+        assert torch.equal(model.seen[:, 0], model.seen[:, 2])
+        # The other image is the one before it in the batch; a rectangle, the same in all images.
+        other = model.seen[:, 0] != images[:, 0]
+        assert (other == other[0]).all()
+        assert torch.equal(other[0], other[0].any(1)[:, None] & other[0].any(0)[None])
+        mixed = torch.where(other[0], images.roll(1, 0)[:, 0], images[:, 0])
+        assert torch.equal(model.seen[:, 0], mixed)
+        share = float(other[0].double().mean())
+        expected = (1 - share) * surprise[labels] + share * surprise[labels.roll(1)]
+        assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+        shares.append(share)
+    # Areas r^2 are uniform and centres too: E (r - r^2 / 4)^2 = .32 is left within the image.
+    assert np.mean(shares) == pytest.approx(0.32, abs=0.05)
+    assert max(shares) > 0.7
+
+
+def test_cutmix_is_drawn_by_seed_and_step_alone_and_leaves_crops_as_they_are():
+    recipe, model = CroppingRecipe(cutmix=True), Constant()
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+
+    def shown(recipe, step):
+        recipe.loss(model, images, labels, step)
+        return model.seen
+
+    first = shown(recipe, 3)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert torch.equal(shown(recipe, 3), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(shown(recipe, 4), first)
+    assert not torch.equal(shown(dataclasses.replace(recipe, seed=1), 3), first)
+    assert torch.equal(shown(dataclasses.replace(recipe, cutmix=False), 3), images)
+    pixels = noise(side=32)
+    assert torch.equal(recipe.augmented(pixels, 2), CroppingRecipe().augmented(pixels, 2))
+
+
 # The study ----------------------------------------------------------------------------------------
 
 
+SMALL = {"size": networks.Size(classes=3, width=16, depth=2, heads=2), "of_each_class": 12}
+RECIPE = CroppingRecipe(images=60, distinct=30, batch_size=3, warmup_steps=2)
+
+
 @pytest.fixture
-def study(unpacked, monkeypatch, tmp_path):
+def small(unpacked, monkeypatch, tmp_path):
     """The small study on three classes, with a ViT that trains in a second."""
     monkeypatch.setenv("VIT_SEE_DATA", str(unpacked))
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(studies, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr(TinyImagenetSmall, "of_each_class", 12)
-    monkeypatch.setattr(TinyImagenetSmall, "trained_on", 10)
-    monkeypatch.setattr(
-        TinyImagenetSmall, "size", networks.Size(classes=3, width=16, depth=2, heads=2)
-    )
-    recipe = CroppingRecipe(images=60, distinct=30, batch_size=3, warmup_steps=2)
-    monkeypatch.setattr(TinyImagenetSmall, "recipe", recipe)
-    return load_study("tiny-imagenet-small")
+    monkeypatch.setattr(study, "WEIGHTS", tmp_path / "weights")
+    roles = photographs.first_roles(RECIPE, 2)
+    return Photographs("tiny-imagenet-small", "", roles, trained_on=10, **SMALL)
 
 
-def test_less_data_is_a_part_of_more_and_no_image_is_in_two_sets(study):
+def test_less_data_is_a_part_of_more_and_no_image_is_in_two_sets(small):
     sets = {}
     for name, n in (("vit", 30), ("vit_data_10", 3)):
-        data, curve, test = study.training_data(study.role(name), "cpu")
-        assert len(data) == n == study.role(name).recipe.distinct
+        data, curve, test = small.training_data(small.role(name), "cpu")
+        assert len(data) == n == small.role(name).recipe.distinct
         pixels, labels = data[torch.arange(n)]
         assert labels.bincount().tolist() == [n // 3] * 3
         sets[name] = [image.numpy().tobytes() for image in pixels]
@@ -339,46 +392,46 @@ def test_less_data_is_a_part_of_more_and_no_image_is_in_two_sets(study):
     assert sets["vit"][:3] == sets["vit_data_10"]
 
 
-def test_a_study_that_misses_pictures_says_so(study, monkeypatch):
-    monkeypatch.setattr(TinyImagenetSmall, "of_each_class", 13)
+def test_a_study_that_misses_pictures_says_so(small):
+    small.of_each_class = 13
     with pytest.raises(
         ValueError, match=r"13 pictures of every class are needed and .* has 12"
     ) as e:
-        study.training_data(study.role("vit"), "cpu")
+        small.training_data(small.role("vit"), "cpu")
     one_sentence(e)
     with pytest.raises(ValueError, match="has 15 test images and 16 were asked for"):
-        study.images(16)
+        small.images(16)
 
 
-def test_images_are_of_the_validation_set_with_labels_and_boxes(study):
-    images = study.images(6)
+def test_images_are_of_the_validation_set_with_labels_and_boxes(small):
+    images = small.images(6)
     assert images.pixels.shape == (6, 3, 32, 32)
     assert images.labels.bincount().tolist() == [2, 2, 2]
-    assert study.classes == ["class 1", "class 2", "class 3"]
-    places = pictures.order(study.test, 0)[:6]
-    assert torch.equal(images.boxes, study.test.boxes[places] / 2)
-    assert torch.equal(study.images(9).pixels[:6], images.pixels)
-    assert not torch.equal(study.images(6, seed=1).pixels, images.pixels)
+    assert small.classes == ["class 1", "class 2", "class 3"]
+    places = pictures.order(small.test, 0)[:6]
+    assert torch.equal(images.boxes, small.test.boxes[places] / 2)
+    assert torch.equal(small.images(9).pixels[:6], images.pixels)
+    assert not torch.equal(small.images(6, seed=1).pixels, images.pixels)
     expected = (images.pixels[:, 0] / 255 - 0.480) / 0.277
-    torch.testing.assert_close(study.to_input(images.pixels, "vit")[:, 0], expected)
+    torch.testing.assert_close(small.to_input(images.pixels, "vit")[:, 0], expected)
 
 
-def test_training_can_be_interrupted_and_ends_in_a_card_that_is_true(study, tmp_path, monkeypatch):
-    card = study.train("vit", tmp_path / "runs")
-    kept = tmp_path / "checkpoints" / "tiny-imagenet-small"
+def test_training_can_be_interrupted_and_ends_in_a_card_that_is_true(small, tmp_path, monkeypatch):
+    card = small.train("vit", tmp_path / "runs")
+    kept = tmp_path / "weights" / "tiny-imagenet-small"
     assert sorted(p.name for p in kept.iterdir()) == ["vit.json", "vit.safetensors"]
-    assert study.is_trained("vit")
-    assert study.cards["vit"]["accuracy"] == card["accuracy"]
-    assert card["recipe"]["area"] == study.recipe.area
-    assert card["recipe"]["pad"] == study.recipe.pad
+    assert small.is_trained("vit")
+    assert small.cards["vit"]["accuracy"] == card["accuracy"]
+    assert card["recipe"]["area"] == RECIPE.area
+    assert card["recipe"]["pad"] == RECIPE.pad
     assert (card["study"], card["test_images"]) == ("tiny-imagenet-small", 15)
-    assert card["weights"] == records.weights_hash(study.model("vit"))
-    test = study.images(15)
+    assert card["weights"] == records.weights_hash(small.model("vit"))
+    test = small.images(15)
 
     def normalised(pixels):
-        return study.to_input(pixels, "vit")
+        return small.to_input(pixels, "vit")
 
-    accuracy = training.score(study.model("vit"), test.pixels, test.labels, to_input=normalised)
+    accuracy = training.score(small.model("vit"), test.pixels, test.labels, to_input=normalised)
     assert accuracy == pytest.approx(card["accuracy"])
 
     whole = training.train
@@ -389,13 +442,13 @@ def test_training_can_be_interrupted_and_ends_in_a_card_that_is_true(study, tmp_
 
     monkeypatch.setattr(training, "train", stopping)
     with pytest.raises(KeyboardInterrupt):
-        study.train("vit", tmp_path / "again", tmp_path / "elsewhere")
+        small.train("vit", tmp_path / "again", tmp_path / "elsewhere")
     monkeypatch.setattr(training, "train", whole)
-    again = study.train("vit", tmp_path / "again", tmp_path / "elsewhere")
+    again = small.train("vit", tmp_path / "again", tmp_path / "elsewhere")
     assert again["weights"] == card["weights"]
 
 
-def test_networks_see_the_studys_inputs_and_the_recipes_crops(study, tmp_path):
+def test_networks_see_the_studys_inputs_and_the_recipes_crops(small, tmp_path):
     seen = []
 
     class Spy(torch.nn.Linear):
@@ -403,41 +456,74 @@ def test_networks_see_the_studys_inputs_and_the_recipes_crops(study, tmp_path):
             seen.append(x)
             return super().forward(x.flatten(1))
 
-    data, curve, _ = study.training_data(study.role("vit"), "cpu")
+    data, curve, _ = small.training_data(small.role("vit"), "cpu")
     training.train(
-        Spy(3 * 32 * 32, 3), study.recipe, data, (curve.pixels, curve.labels), tmp_path,
-        stop_after=1, to_input=lambda pixels: study.to_input(pixels, "vit"),
+        Spy(3 * 32 * 32, 3), RECIPE, data, (curve.pixels, curve.labels), tmp_path,
+        stop_after=1, to_input=lambda pixels: small.to_input(pixels, "vit"),
     )  # fmt: skip
-    pixels, _ = data[training._order(study.recipe, 0)]
-    shown = study.to_input(study.recipe.augmented(pixels, 0), "vit")
+    pixels, _ = data[training._order(RECIPE, 0)]
+    shown = small.to_input(RECIPE.augmented(pixels, 0), "vit")
     torch.testing.assert_close(seen[0], shown)
-    torch.testing.assert_close(seen[1], study.to_input(curve.pixels, "vit"))
+    torch.testing.assert_close(seen[1], small.to_input(curve.pixels, "vit"))
 
 
-def test_the_study_is_measured_like_the_lab(study):
-    record = measure(study, ["vit_untrained"], [MinibatchCKA("blocks")], 10, 5)
+def test_the_study_is_measured_like_the_lab(small):
+    record = measure(small, ["vit_untrained"], [MinibatchCKA("blocks")], 10, 5)
     assert record.sizes["tap"] == 2
     assert np.isfinite(record["cka"].values).all()
     assert record.attrs["pictures"] == "validation set of Tiny-ImageNet-200, 32 pixels"
     assert record.attrs["study"] == "tiny-imagenet-small"
 
 
-def test_missing_weights_name_the_study(study):
+def test_missing_weights_name_the_study(small):
     with pytest.raises(FileNotFoundError, match="lib train --study tiny-imagenet-small vit") as e:
-        study.model("vit")
+        small.model("vit")
     one_sentence(e)
 
 
-@pytest.mark.parametrize("name", ["tiny-imagenet", "tiny-imagenet-small"])
+@pytest.mark.parametrize("name", ["photographs", "tiny-imagenet", "tiny-imagenet-small"])
 def test_recipes_fit_the_data(name):
-    study = load_study(name)
-    for role in study.roles.values():
+    chosen = load_study(name)
+    for role in chosen.roles.values():
+        assert role.recipe.images % role.recipe.batch_size == 0
         assert role.recipe.distinct % role.recipe.batch_size == 0
         assert role.recipe.distinct % 200 in (0, 80, 120)  # classes take turns: even, or nearly
-        assert role.recipe.distinct <= study.trained_on * 200
-    assert study.roles["vit_data_10"].recipe.distinct == study.trained_on * 20
-    twin = dataclasses.replace(study.roles["vit_other_seed"].recipe, seed=0)
-    assert twin == study.roles["vit"].recipe == study.roles["resnet"].recipe
+        assert role.recipe.distinct == round(role.share * chosen.trained_on * 200)
+    assert chosen.role("vit_data_10").share == 0.1
+    again = dataclasses.replace(chosen.find("vit", 1).recipe, seed=0)
+    assert again == chosen.roles["vit"].recipe == chosen.roles["resnet"].recipe
+
+
+def test_the_second_editions_photographs():
+    chosen = load_study("photographs")
+    counts = Counter(role.arm for role in chosen.roles.values())
+    twice = (
+        "vit_gap",
+        "vit_cutmix",
+        "vit_data_03",
+        "vit_muon",
+        "vit_no_skip_middle",
+        "vit_data_10",
+    )
+    assert counts == {"vit": 3, "resnet": 3, "mixer": 1} | dict.fromkeys(twice, 2)
+    assert chosen.find("vit", 2).name == "vit_seed_2"
+    assert (chosen.find("vit_no_skip_middle", 1).cut, chosen.find("vit").cut) == (4, None)
+    assert dataclasses.asdict(chosen.role("vit_seed_2").recipe) == {
+        **{"images": 1_599_984, "distinct": 96_000, "batch_size": 48, "optimiser": "adamw"},
+        **{"lr": 1e-3, "warmup_steps": 1000, "weight_decay": 0.05, "clip": 1.0},
+        **{"betas": (0.9, 0.98), "fade": 0.0, "until": 1.0, "seed": 2},
+        **{"pad": 4, "area": 0.35, "flip": True, "cutmix": False},
+    }
+    plain = chosen.role("vit").recipe
+    for name, change in (("vit_muon", {"optimiser": "muon"}), ("vit_cutmix", {"cutmix": True})):
+        assert chosen.role(name).recipe == dataclasses.replace(plain, **change)
+    vit, resnet = (chosen.model(f"{name}_untrained") for name in ("vit", "resnet"))
+    assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (96, 8, 6)
+    assert vit.patch_embed.patch_size == (8, 8)
+    assert resnet.stem.conv.stride == (2, 2)
+    x = torch.zeros(1, 3, 64, 64)
+    assert resnet.forward_features(x).shape[2:] == (8, 8)
+    assert vit(x).shape == resnet(x).shape == (1, 200)
 
 
 def test_the_large_networks_are_matched_in_cost_and_end_in_the_same_grid():
@@ -471,12 +557,12 @@ def test_the_real_validation_set(tmp_path):
     with zipfile.ZipFile(REAL / "val.zip") as archive:
         names = [n for n in archive.namelist() if int(n.rpartition("_")[2].split(".")[0]) < 300]
         archive.extractall(root, names)
-    split = tiny_imagenet.read_split(root, "val")
+    split = photographs.read_split(root, "val")
     assert (len(split), len(split.classes)) == (300, 200)
     assert split.classes[0] == "goldfish"
-    images = tiny_imagenet.read(split, 32)
+    images = photographs.read(split, 32, tmp_path)
     boxes = images.boxes
     assert ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, :2] >= 0) & (boxes[:, 2:] <= 32)).all()
-    inputs = tiny_imagenet.to_input(images.pixels)
+    inputs = load_study("photographs").to_input(images.pixels, "vit")
     assert inputs.mean((0, 2, 3)).abs().max() < 0.15
     assert inputs.std((0, 2, 3)).tolist() == pytest.approx([0.94] * 3, abs=0.1)
