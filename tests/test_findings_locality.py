@@ -72,7 +72,7 @@ def heads_record(
     )
 
 
-def blocks(first=1.0, last=1.0, low=0.0):
+def blocks(first=1.0, last=1.0, low=0.01):
     """Relative distances of 8 blocks of 6 heads; the nearest head of the first is ``low`` less."""
     found = np.ones((8, HEADS_OF_A_BLOCK))
     found[:2], found[-2:] = first, last
