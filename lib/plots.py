@@ -116,6 +116,12 @@ def show() -> None:
     plt.show()
 
 
+def legend_below(axis, columns: int) -> None:
+    """One legend for all panels, below them, of what one of them shows."""
+    lines = axis.get_legend_handles_labels()
+    axis.figure.legend(*lines, loc="outside lower center", ncols=columns, fontsize="small")
+
+
 def nothing(why: str):
     """A line in the place of a figure that this study cannot have."""
     figure, axis = plt.subplots(figsize=(4, 0.6))

@@ -154,6 +154,7 @@ def measure_receptive_fields(
     channels: int = 4,
     seed: int = 0,
     device="cpu",
+    own: Mapping[str, tuple[str, nn.Module]] | None = None,
 ) -> xr.Dataset:
     """Receptive fields of a study's networks, from the cache if nothing has changed.
 
@@ -164,6 +165,9 @@ def measure_receptive_fields(
     ----------
     taps : dict
         Which taps of which role.
+    own : dict, optional
+        Networks that the study does not have, under further names in ``taps``: the role whose
+        input a network takes, and the network.
     n_images, channels, seed, device
         As for :func:`lib.measure.measure` and :func:`receptive_field`.
 
@@ -177,8 +181,9 @@ def measure_receptive_fields(
     precision = torch.float32 if torch.device(device).type == "mps" else torch.float64
     parts = []
     for role in taps:
-        x = study.to_input(images.pixels, role).to(precision)
-        model = study.model(role).to(precision)
+        takes, model = (own or {}).get(role) or (role, study.model(role))
+        x = study.to_input(images.pixels, takes).to(precision)
+        model = model.to(precision)
         names = tap_names(model, taps[role])
         part = records.cached(receptive_field, model, x, names, channels, seed=seed, device=device)
         layer = part["tap"].values.tolist()
