@@ -55,6 +55,7 @@ def test_every_direct_dependency_is_pinned_within_its_range(project, pins):
             assert wanted.specifier.contains(specifier.version, prereleases=True)
 
 
+@pytest.mark.slow
 # Debian 12's Python first: its patch release is older than what some packages ask for.
 @pytest.mark.parametrize(
     ("python", "system"),
