@@ -158,9 +158,9 @@ def batch_size_effect(
     """Largest change of any cell between minibatches of some size and all images at once.
 
     Of the mean over random orders of the images, with its interval over them; ``grams`` by role
-    and layer.
+    and layer, of the roles that were measured.
     """
-    layers = {tap: gram for role in cast.values() for tap, gram in grams[role].items()}
+    layers = {tap: gram for role in cast.values() for tap, gram in grams.get(role, {}).items()}
     n = _images(layers)
     if n < 2 * size:
         raise NotMeasurable(f"needs at least two minibatches of {size}")
