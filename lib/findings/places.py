@@ -128,8 +128,8 @@ MAPS = [
           "whose map peaks at their own patch, ViT, last block,", 0.5, ("vit",)),
     Claim("E12-edges", "Tokens at the edge of the image are like other patches at the edge as "
           "well.", "Fig. 9", lambda record, cast: estimate(last(record, cast["vit"]),
-          lambda maps: localisation.edge_contrast(maps)[0]), "CKA of edge tokens with edge patches minus "
-          "interior ones as far, ViT, last block,", 0.0, ("vit",)),
+          lambda maps: localisation.edge_contrast(maps)[0]), "CKA of edge tokens with "
+          "edge patches minus interior ones as far, ViT, last block,", 0.0, ("vit",)),
     Claim("E12-sharper", "The last block of a ViT localises better than the last unit of a "
           "ResNet.", "Fig. 9", _more_hits, "share of all tokens whose map peaks at their own "
           "patch, ViT minus ResNet,", 0.0, ("vit", "resnet")),
@@ -140,8 +140,8 @@ MAPS = [
           ("vit", "vit_gap")),
     Claim("X9-last-block", "The last block of a ViT gives up more of what is where than any block "
           "before it.", "Ghiasi et al., 2022", lambda record, cast: estimate(
-          of_role(record, cast["vit"]), lambda maps: localisation.last_loss(contrast(maps))), "loss of CKA with "
-          "the own patch over others, last block minus the most of another,", 0.0, ("vit",),
+          of_role(record, cast["vit"]), lambda maps: localisation.last_loss(contrast(maps))), "loss "
+          "of CKA with the own patch over others, last block minus the most of another,", 0.0, ("vit",),
           ours=True),
 ]
 PROBES = [
