@@ -140,9 +140,9 @@ MAPS = [
           ("vit", "vit_gap")),
     Claim("X9-last-block", "The last block of a ViT gives up more of what is where than any block "
           "before it.", "Ghiasi et al., 2022", lambda record, cast: estimate(
-          of_role(record, cast["vit"]), lambda maps: localisation.last_loss(contrast(maps))), "loss "
-          "of CKA with the own patch over others, last block minus the most of another,", 0.0, ("vit",),
-          ours=True),
+          of_role(record, cast["vit"]), lambda maps: localisation.last_loss(contrast(maps))),
+          "loss of CKA with the own patch over others, last block minus the most of another,", 0.0,
+          ("vit",), ours=True),
 ]
 PROBES = [
     Claim("E14-gap", "A single token says more about the class in a mean-pooled ViT than in one "
