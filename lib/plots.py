@@ -116,6 +116,26 @@ def show() -> None:
     plt.show()
 
 
+def line(axis, role: str, x, values, style: str = "-", **look) -> None:
+    """A role's curve in its colour and with its name; an Estimate's has its interval as a band."""
+    look = {"color": colour(role), "label": name(role), "ms": 4} | look
+    axis.plot(x, getattr(values, "value", values), style, **look)
+    if hasattr(values, "low"):
+        axis.fill_between(x, values.low, values.high, color=look["color"], alpha=0.15, lw=0)
+
+
+def frame(axis, cell: int, side: int, size: int = 1, **look) -> None:
+    """A frame around a cell of a square grid, in an image with ``size`` pixels a cell."""
+    corner = (cell % side * size - 0.5, cell // side * size - 0.5)
+    axis.add_patch(plt.Rectangle(corner, size, size, fill=False, **look))
+
+
+def titles(axes, words) -> None:
+    """Small titles of a row of panels."""
+    for axis, title in zip(axes, words, strict=True):
+        axis.set_title(title, size="small")
+
+
 def legend_below(axis, columns: int) -> None:
     """One legend for all panels, below them, of what one of them shows."""
     lines = axis.get_legend_handles_labels()
