@@ -98,7 +98,8 @@ def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layou
     except TapError:  # the network has no such list, or one that cannot be tapped
         first, values = taps[0], collect(model, changed, taps)
     found, trusted, most = {}, False, 0
-    for name, value in values.items():
+    # What a first block's attention adds, which comes before its output, may answer from anywhere.
+    for name, value in ({first: values[first]} | values).items():
         hits = _hits(layout(model), value, centres, (wide / 2 + 1.5) / size)
         best = max(hits, key=hits.get, default=None)
         if hits and hits[best] >= 3:
