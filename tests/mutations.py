@@ -46,7 +46,7 @@ FAULTS = [
     Fault("intervals", "jackknife without g - 1", "np.var(left_out, axis=0) * (g - 1)", "np.var(left_out, axis=0)"),
     Fault("intervals", "jackknife keeps the group", "statistic(*(total - part[k] for", "statistic(*(part[k] for"),
     Fault("intervals", "not a number is an empty group", "(part != 0)", "np.nan_to_num(part)"),
-    Fault("intervals", "draws have no variance", "variance, value = over_draws + over_images", "variance, value = over_images"),
+    Fault("intervals", "draws have no variance", "/ draws if draws > 1 else 0.0", "* 0.0"),
     Fault("cka", "constant layers are not noticed", "        gram.zero_()\n", "        pass\n"),
     # Taps
     Fault("taps", "values keep their graph", "value if graph else value.detach()", "value"),
