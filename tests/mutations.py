@@ -50,10 +50,10 @@ FAULTS = [
     Fault("cka", "constant layers are not noticed", "        gram.zero_()\n", "        pass\n"),
     # Taps
     Fault("taps", "values keep their graph", "value if graph else value.detach()", "value"),
-    Fault("taps", "silence is no error", "raise TapError(\n                f\"tap {missing[0]!r} did", "print(\n                f\"tap {missing[0]!r} did"),
+    Fault("taps", "silence is no error", "raise TapError(f\"tap {missing[0]!r} did", "print(f\"tap {missing[0]!r} did"),
     Fault("taps", "firing twice is no error", "if name in fired:", "if False:"),
     Fault("taps", "hooks stay", "                handle.remove()\n", "                pass\n"),
-    Fault("taps", "the LayerScale is left out", "return scale if _is_a_layer", "return branch if _is_a_layer"),
+    Fault("taps", "the LayerScale is left out", "part = scale if scale and", "part = branch if scale and"),
     Fault("taps", "the model stays in evaluation mode", "module.training = training", "module.training = False"),
     Fault("taps", "attention stays unfused", "module.fused_attn = fused\n", "pass\n"),
     Fault("taps", "a glob reaches deeper", 'r"[^.]+")', 'r".+")'),
