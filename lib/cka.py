@@ -35,9 +35,8 @@ def cka(x, y, estimator: str = "unbiased") -> float:
         raise ValueError(f"CKA compares the same images in both; got {len(x)} and {len(y)}")
     _check(estimator)
     if len(x) < SMALLEST_BATCH:
-        raise ValueError(
-            f"{len(x)} images are too few for the unbiased HSIC, which needs 4 or more"
-        )
+        why = f"a minibatch of {len(x)} images is too small for the unbiased HSIC"
+        raise ValueError(f"{why}, which needs 4 or more")
     gram_x, gram_y = centred_gram(x, estimator), centred_gram(y, estimator)
     return float((gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm()))
 
