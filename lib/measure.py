@@ -73,7 +73,7 @@ class Measurement(Metric):
         raise NotImplementedError
 
     def room(self, reduced: Mapping, **shapes: tuple[int, ...]) -> None:
-        """Add states of zeros, in float64, where the reduced values are (but Apple's GPUs)."""
+        """Add states of zeros, in float64, where the reduced values are."""
         device = home_of_float64(next(iter(reduced.values())).device)
         for name, shape in shapes.items():
             empty = torch.zeros(shape, dtype=torch.float64, device=device)

@@ -89,8 +89,8 @@ FAULTS = [
     Fault("measurements/receptive_field", "half a patch off", "(np.arange(-reach, reach + 1) - 0.5)", "np.arange(-reach, reach + 1)"),
     # Skip and branch
     Fault("measurements/sublayers", "missing LayerScale", "scale if not isinstance(getattr(block, scale), nn.Identity) else branch", "branch"),
-    Fault("measurements/norm_ratio", "ratio upside down", "z_norm / f_norm,", "f_norm / z_norm,"),
-    Fault("measurements/norm_ratio", "registers are patches", "values[..., prefix_tokens:]", "values[..., int(class_token):]"),
+    Fault("measurements/norm_ratio", "ratio upside down", "[z_norm / f_norm,", "[f_norm / z_norm,"),
+    Fault("measurements/norm_ratio", "registers are patches", "values[..., prefix:]", "values[..., int(class_token):]"),
     Fault("measurements/norm_ratio", "wrong axis of a feature map", "axis = 1 if skip.dim() == 4 else -1", "axis = -1"),
     Fault("measurements/norm_ratio", "cosine with the branch", "(zz + zf) / (z_norm * out_norm)", "zf / (z_norm * f_norm)"),
     # Tokens and places
