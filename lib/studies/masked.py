@@ -38,10 +38,7 @@ class MaskedRecipe(Recipe):
         return model.error(images, order.to(images.device), round(self.shown * model.patches))
 
     def prepare(self, model: nn.Module, data, to_input) -> None:
-        """Fit a linear classifier to what the network makes of whole images.
-
-        By ridge regression on training images; nothing but the classifier is changed.
-        """
+        """Fit a classifier to what the network makes of whole training images."""
         pixels, labels = data[torch.arange(min(self.fitted_on, self.distinct))]
         fit_classifier(model.encoder, pixels, labels, to_input)
 
@@ -49,8 +46,7 @@ class MaskedRecipe(Recipe):
 class MaskedAutoencoder(nn.Module):
     """A ViT and a decoder of one block that paints the patches which the ViT is not shown.
 
-    Called with images it is the ViT itself. The decoder keeps the position embedding that the ViT
-    has when it is wrapped.
+    Called with images it is the ViT itself.
     """
 
     def __init__(self, encoder: VisionTransformer):
@@ -72,13 +68,8 @@ class MaskedAutoencoder(nn.Module):
     def error(self, images: Tensor, order: Tensor, shown: int) -> Tensor:
         """Mean squared error of the hidden patches, each scaled to mean 0 and variance 1.
 
-        1 is what painting each patch in its mean colour costs.
-
-        Parameters
-        ----------
-        images : Tensor (n, 3, h, w)
-        order : Tensor (n, patches)
-            A permutation for each image, whose first ``shown`` patches are shown.
+        1 is what painting each patch in its mean colour costs. ``order`` (n, patches) has a
+        permutation for each image, whose first ``shown`` patches are shown.
         """
         seen = self.enter(self._encode(images, order[:, :shown]))
         everywhere = (self.hidden + self.position).to(seen.dtype).expand(len(images), -1, -1)
@@ -87,8 +78,7 @@ class MaskedAutoencoder(nn.Module):
         hidden = order[:, shown:, None]
         painted = self.paint(_take(self.block(tokens), hidden)).float()
         target = _take(self.unfold(images).flatten(2).mT, hidden)
-        target = F.layer_norm(target, target.shape[-1:])
-        return F.mse_loss(painted, target)
+        return F.mse_loss(painted, F.layer_norm(target, target.shape[-1:]))
 
     def _encode(self, images: Tensor, which: Tensor) -> Tensor:
         """The ViT's last tokens (n, k, width) of the patches (n, k) that alone it is shown."""
@@ -115,15 +105,8 @@ def _take(tokens: Tensor, which: Tensor) -> Tensor:
 def fit_classifier(model: VisionTransformer, pixels: Tensor, labels: Tensor, to_input) -> None:
     """Replace a ViT's linear classifier by the ridge regression on its input (in place).
 
-    Of labels as +1 and -1 on standardised features; the penalty is a thousandth of the images, and
-    the bias has none.
-
-    Parameters
-    ----------
-    pixels : uint8 Tensor (n, 3, h, w)
-    labels : Tensor (n,)
-    to_input : callable
-        Makes the network's input of uint8 pixels.
+    Of labels (n,) as +1 and -1 on standardised features of uint8 images (n, 3, h, w); the penalty
+    is a thousandth of the images, and the bias has none.
     """
     read = "head:input"
     parts = [collect(model, to_input(part), read)[read] for part in pixels.split(256)]

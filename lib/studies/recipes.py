@@ -62,10 +62,9 @@ class Recipe:
         """Optimisers that between them step every parameter of a network."""
         matrices = block_matrices(model) if self.optimiser == "muon" else []
         rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-        adamw = torch.optim.AdamW(
-            rest, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
-        )
-        return [adamw, Muon(matrices, self.lr, self.weight_decay)] if matrices else [adamw]
+        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
+        muon = [Muon(matrices, **shared)] if matrices else []
+        return [torch.optim.AdamW(rest, betas=self.betas, **shared), *muon]
 
     def augmented(self, pixels: Tensor, step: int) -> Tensor:
         """What the network is shown of a step's images: themselves."""
