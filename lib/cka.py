@@ -114,13 +114,6 @@ class MinibatchCKA(Measurement):
     Minibatches are weighed by their images. The published rule sums them plainly; of unequal ones
     the weighted sum is the better estimator (root mean square error .016 against .024 for eight of
     64 images and one of 8). Smaller than 4, they cannot be used.
-
-    Examples
-    --------
-    >>> metric = MinibatchCKA()
-    >>> for images in loader:                                        # doctest: +SKIP
-    ...     metric.update({name: metric.reduce(layer(images)) for name, layer in layers.items()})
-    >>> metric.compute()["cka"].sel(tap="a", other="b")              # doctest: +SKIP
     """
 
     smallest = SMALLEST_BATCH

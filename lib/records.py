@@ -36,12 +36,17 @@ PLAIN = bool | int | float | complex | str | bytes | Path | slice | range | enum
 PLAIN |= np.dtype | torch.dtype | torch.device
 # What changes no more than a value's rounding, or is no setting.
 NO_SETTINGS = {"training", "fused_attn", "pretrained_cfg", "default_cfg"}
+PARTS = {
+    Metric: ("__class__", "settings"),  # a measurement's states are results
+    functools.partial: ("func", "args", "keywords"),
+    functools.cached_property: ("func",),
+    types.MethodType: ("__func__", "__self__"),
+    types.CodeType: ("co_code", "co_consts", "co_names"),
+    property: ("fget", "fset"),
+    classmethod: ("__func__",),
+    staticmethod: ("__func__",),
+}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What Python keeps of a class beside what it does.
-DESCRIPTIVE = {"__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "_abc_impl"}
-DESCRIPTIVE |= {"__annotations__", "__orig_bases__", "__parameters__", "__firstlineno__"}
-DESCRIPTIVE |= {"__static_attributes__", "__dataclass_fields__", "__dataclass_params__"}
-DESCRIPTIVE |= {"__annotate_func__", "__annotations_cache__"}
 
 
 class Unknown(TypeError):
@@ -252,6 +257,9 @@ def _written(value, seen: set):
 
 def _parts(value):
     """What a value is made of, if it is made of parts; of a network, of a measurement as well."""
+    for kind, of in PARTS.items():
+        if isinstance(value, kind):
+            return tuple(getattr(value, name) for name in of)
     parts = None
     if isinstance(value, list | tuple):
         parts = value
@@ -259,25 +267,13 @@ def _parts(value):
         parts = sorted(value, key=repr)
     elif isinstance(value, dict):
         parts = [part for pair in value.items() for part in pair]
-    elif isinstance(value, functools.partial):
-        parts = value.func, value.args, value.keywords
-    elif isinstance(value, types.MethodType):
-        parts = value.__func__, value.__self__
-    elif isinstance(value, types.CodeType):
-        parts = value.co_code, value.co_consts, value.co_names
-    elif isinstance(value, property):
-        parts = value.fget, value.fset
-    elif isinstance(value, classmethod | staticmethod):
-        parts = (value.__func__,)
-    elif isinstance(value, functools.cached_property):
-        parts = (value.func,)
-    elif isinstance(value, Metric):  # its states are results
-        parts = type(value), value.settings
     elif isinstance(value, torch.nn.Module):
         parts = [weights_hash(value)]
         parts += [(name, type(one), _settings(one)) for name, one in value.named_modules()]
     elif not isinstance(value, type | types.FunctionType) and (
-        dataclasses.is_dataclass(value) or _is_ours(type(value).__module__)
+        dataclasses.is_dataclass(value)
+        or _is_the_books(type(value).__module__)
+        or _is_the_readers(type(value).__module__)
     ):
         parts = type(value), vars(value)
     return parts
@@ -295,7 +291,9 @@ def _settings(module: torch.nn.Module) -> dict:
 def _source(thing) -> tuple:
     """What a reader's own function or class is made of."""
     if isinstance(thing, type):
-        return thing.__mro__[1:], {k: v for k, v in vars(thing).items() if k not in DESCRIPTIVE}
+        # Of names that Python makes itself, methods alone do anything.
+        own = {k: v for k, v in vars(thing).items() if not k.startswith("__") or callable(v)}
+        return thing.__mro__[1:], {k: v for k, v in own.items() if k != "_abc_impl"}
     if isinstance(thing, types.BuiltinFunctionType):
         return (thing.__self__,)
     if not isinstance(thing, types.FunctionType):
@@ -321,10 +319,6 @@ def _is_the_readers(module: str) -> bool:
         return True
     file = getattr(sys.modules[module], "__file__", None) or sys.base_prefix
     return "-packages" not in file and not file.startswith(sys.base_prefix)
-
-
-def _is_ours(module: str) -> bool:
-    return _is_the_books(module) or _is_the_readers(module)
 
 
 @functools.cache

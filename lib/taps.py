@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 INPUT = ":input"
+Taps = str | Sequence[str] | Callable[[nn.Module], Sequence[str]]  # see tap_names()
 
 
 class TapError(RuntimeError):
@@ -23,10 +24,7 @@ class TapError(RuntimeError):
 
 @contextmanager
 def tapping(
-    model: nn.Module,
-    taps: str | Sequence[str] | Callable[[nn.Module], Sequence[str]],
-    receive: Callable[[str, Tensor], None],
-    graph: bool = False,
+    model: nn.Module, taps: Taps, receive: Callable[[str, Tensor], None], graph: bool = False
 ) -> Iterator[list[str]]:
     """Hand every tapped tensor to ``receive(name, value)`` while the model runs.
 
@@ -108,9 +106,7 @@ def collect(model: nn.Module, x: Tensor, taps: str | Sequence[str]) -> dict[str,
     return values
 
 
-def tap_names(
-    model: nn.Module, taps: str | Sequence[str] | Callable[[nn.Module], Sequence[str]] = "all"
-) -> list[str]:
+def tap_names(model: nn.Module, taps: Taps = "all") -> list[str]:
     """Names of taps, in the order of the modules.
 
     ``taps`` are names and globs, in which ``*`` stands for one part of a dotted name; a function

@@ -8,14 +8,21 @@ import pytest
 from bs4 import BeautifulSoup
 from IPython.core.formatters import DisplayFormatter
 
-from lib.findings import claims
-from lib.findings.claims import CLAIMS, Estimate, decide
+from lib.findings import CLAIMS, claims
+from lib.findings.claims import Judgement
+from lib.intervals import Estimate
 from lib.site import PUBLISHED, RESULTS, ROOT, board, results, verdicts
 
 ABOVE, BELOW = Estimate(0.8, 0.71234, 0.9), Estimate(-0.8, -0.9, -0.7)
 ABOVE_TOO = Estimate(0.5, 0.4, 0.6)
 ACROSS, UNKNOWN = Estimate(0.0, -0.1, 0.1), Estimate(np.nan, np.nan, np.nan)
 PROSE = (ROOT / "book" / "scoreboard.md").read_text(encoding="utf-8")
+
+
+def decide(claim, trained, other_seed, untrained):
+    """A judgement on the estimates of one or two replicates and of the baseline."""
+    replicates = [one for one in (trained, other_seed) if one]
+    return Judgement(claim, tuple(replicates), (untrained,) if untrained else ())
 
 
 def carried(judgements):
@@ -62,7 +69,7 @@ def test_evidence_has_what_a_judgement_was_made_of():
         "why": "",
     }
     assert results.evidence(found) == found
-    (found,) = map(results.evidence, carried([claims.unmeasurable(judgement.claim, "no boxes")]))
+    (found,) = map(results.evidence, carried([Judgement(judgement.claim, missing="no boxes")]))
     assert (found["replicates"], found["baselines"], found["why"]) == ([], [], "no boxes")
 
 

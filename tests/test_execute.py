@@ -202,9 +202,9 @@ def test_chapters_run_in_the_books_surroundings(workshop, monkeypatch):
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text('{"argv": ["/nowhere/python"], "display_name": "x"}')
     (home / "ipython" / "profile_default" / "startup").mkdir(parents=True)
-    (home / "ipython" / "profile_default" / "startup" / "mine.py").write_text("print('mine')")
+    (home / "ipython" / "profile_default" / "startup" / "mine.py").write_text("ours = 1")
     (home / "matplotlibrc").write_text("lines.linewidth: 77")
-    (home / "startup.py").write_text("print('mine')")
+    (home / "startup.py").write_text("mine = 1")
     for name, value in {
         "JUPYTER_PATH": home / "jupyter",
         "IPYTHONDIR": home / "ipython",
@@ -216,14 +216,14 @@ def test_chapters_run_in_the_books_surroundings(workshop, monkeypatch):
     path = workshop.add(
         "03-third",
         "import sys, matplotlib.pyplot as plt",
-        "print(sys.executable, plt.rcParams['lines.linewidth'])",
+        "print(sys.executable, plt.rcParams['lines.linewidth'], {'mine', 'ours'} & {*dir()})",
         "plt.plot([1, 2])\nplt.show()",
     )
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[-1].metadata["mystnb"] = {"figure": {"name": "fig-drawn", "caption": "A line"}}
     nbformat.write(notebook, path)
     (written,) = workshop.execute("03")
-    assert printed(written) == [f"{sys.executable} 1.5\n"]
+    assert printed(written) == [f"{sys.executable} 1.5 set()\n"]
     assert "image/png" in written.read_text()
 
 

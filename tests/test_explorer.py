@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from lib.findings import claims
 from lib.site import CHAPTERS, RESULTS, board, explorer, run
 from lib.site.commands import main
-from lib.studies import load_study
 
 LAYERS = {"vit": ["blocks.0", "blocks.0.attn"], "resnet": ["layer1.0.bn2", "layer1.0", "norm"]}
 BLOCKS = [True, False, False, True, False]
@@ -104,12 +104,9 @@ def test_roles_are_the_chapters():
     source = nbformat.read(CHAPTERS / f"{explorer.CHAPTER}.ipynb", as_version=4)
     (cell,) = [c.source for c in source.cells if "record = measure(chosen, roles," in c.source]
     assert "[MinibatchCKA()], n_images, batch_size, seed, device)" in cell
-    names = {"chosen": load_study("lab")}
-    for statement in ast.parse(cell).body:
-        target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[0]
-        if getattr(target, "id", None) in ("families", "roles"):
-            exec(compile(ast.Module([statement], []), "roles", "exec"), names)
-    assert tuple(names["roles"]) == explorer.ROLES
+    assert "roles = claims.networks(chosen, *arms)" in cell
+    (arms,) = [line for line in cell.splitlines() if line.startswith("arms = ")]
+    assert tuple(ast.literal_eval(arms.removeprefix("arms = "))) == explorer.ARMS
     parameters = run.parameters_of(CHAPTERS / f"{explorer.CHAPTER}.ipynb")
     assert list(parameters) == ["study", "n_images", "batch_size", "seed", "device"]
     assert parameters["study"] == "lab"
@@ -121,10 +118,7 @@ def test_what_is_measured_follows_the_parameters_of_the_chapters_run(monkeypatch
     explorer.measured(study="tiny-imagenet-small", n_images=96)
     ((study, roles, _), named) = calls[0]
     assert study.name == "tiny-imagenet-small"
-    assert set(roles) <= set(explorer.ROLES) & {
-        *study.roles,
-        *(f"{r}_untrained" for r in study.roles),
-    }
+    assert roles == claims.networks(study, *explorer.ARMS)
     assert named == {"n_images": 96, "batch_size": 64, "seed": 0, "device": "cpu"}
 
 

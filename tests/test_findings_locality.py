@@ -28,7 +28,9 @@ class Study:
         return types.SimpleNamespace(name=name if trained else f"{name}_untrained")
 
 
-def heads_record(relative, similar=lambda role, head, unit: 0.5, noise=1e-3, groups=10, seed=0):
+def heads_record(
+    relative, similar=lambda role, head, unit: 0.5 + 0.01 * head, noise=1e-3, groups=10, seed=0
+):
     """Heads of known distances, of 8 blocks by role: ``relative`` {role: (blocks, heads)}.
 
     The first block's heads have the CKA ``similar`` with every unit of the ResNet, and 0.5 with
@@ -70,7 +72,7 @@ def heads_record(relative, similar=lambda role, head, unit: 0.5, noise=1e-3, gro
     )
 
 
-def blocks(first=1.0, last=1.0, low=0.0):
+def blocks(first=1.0, last=1.0, low=0.01):
     """Relative distances of 8 blocks of 6 heads; the nearest head of the first is ``low`` less."""
     found = np.ones((8, HEADS_OF_A_BLOCK))
     found[:2], found[-2:] = first, last

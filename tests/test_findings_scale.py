@@ -309,3 +309,18 @@ def test_claims_that_cannot_be_measured_say_why():
         assert (found.verdict, found.why, str(found.trained)) == (UNMEASURABLE, reason, "–"), key
     alone = maps_of(lambda a, b, x: 0.5, ["vit", "vit_data_10"])
     assert one("E16-late", alone).why == "not measured here: no second network vit"
+
+
+def test_taps_of_other_measurements_leave_an_interval_as_it_is():
+    """Groups that held no image stay out of it, though other taps have no number in any group."""
+    record = maps_of(MAPS["E16-early"][0], actors("E16-early"))
+    record = record.pad(group=(0, 4), constant_values={"hsic": 0})
+    heads = {name: (dims, values[:2]) for name, (dims, values) in list(labels(["vit"]).items())[1:]}
+    heads = xr.Dataset(
+        {"distance": ("tap", [1.0, 2.0])},
+        heads | {"tap": ["vit/blocks.0.attn", "vit/blocks.1.attn"]},
+    )
+    both = xr.merge([record, heads], join="outer", compat="no_conflicts")
+    both["block"] = both["block"].astype(bool)
+    assert both.sizes["tap"] == record.sizes["tap"] + 2
+    assert one("E16-early", both) == one("E16-early", record)

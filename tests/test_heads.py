@@ -97,9 +97,9 @@ def test_the_baseline_is_measured_in_the_same_pass(tmp_path, monkeypatch):
     study = load_study("lab")
     record = measure(study, list(taps), [distances, heads], n_images=16, batch_size=8)
     parts = record["part"].values.tolist()
-    assert parts[:8] == [f"pixels/{window}" for window in range(1, 16, 2)]
-    assert parts[8] == "vit_untrained/blocks.0.attn.norm:input/0"
-    assert parts[14] == "resnet_untrained/stages.0.blocks.0"
+    assert parts[:6] == [f"vit_untrained/blocks.0.attn.norm:input/{head}" for head in range(6)]
+    assert parts[6] == "resnet_untrained/stages.0.blocks.0"
+    assert parts[7:] == [f"pixels/{window}" for window in range(1, 16, 2)]
     assert set(record["role"].values) == {"vit_untrained"}
     assert record.sizes["tap"] == 8
     model = study.model("resnet_untrained")
@@ -107,7 +107,7 @@ def test_the_baseline_is_measured_in_the_same_pass(tmp_path, monkeypatch):
     layer = collect(model, study.to_input(pixels, "resnet_untrained"), ["stages.0.blocks.0"])
     own = torch.nn.functional.pixel_unshuffle(pixels.float(), 4)
     single = measure(study, list(taps), [distances, heads], n_images=16, batch_size=16)
-    found = subset_cka(single["head_hsic"].values.sum(0), [[0]], [14])
+    found = subset_cka(single["head_hsic"].values.sum(0), [[7]], [6])
     assert found.item() == pytest.approx(cka(own, layer["stages.0.blocks.0"]), abs=1e-4)
 
 

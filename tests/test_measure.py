@@ -292,7 +292,10 @@ class Small:
             torch.manual_seed(0)
             return (
                 timm.models.ResNet(
-                    timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=(8, 8, 16, 16)
+                    timm.models.resnet.BasicBlock,
+                    (1, 1, 1, 1),
+                    channels=(8, 8, 16, 16),
+                    zero_init_last=False,
                 )
                 if role == "resnet"
                 else self.make()
@@ -337,6 +340,28 @@ def test_measurements_on_one_pass_equal_each_alone(names, alone):
             # Attention in one kernel rounds otherwise than attention whose maps are asked for.
             slack = 1e-5 * np.abs(expected).max()
             np.testing.assert_allclose(found, expected, rtol=0, atol=slack, err_msg=variable)
+
+
+def test_a_register_is_a_class_token_for_no_measurement():
+    study = Small()
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    none = {"class_token": False, "reg_tokens": 2, "global_pool": "avg"}
+    study.make = lambda: timm.models.VisionTransformer(**size, **none)
+    probes = Probes(["blocks.1"], shots=1, draws=2)
+    record = measure(study, ["vit"], [NormRatio(), probes, AttentionDistance()], 96, 24)
+    assert record["residual"].sel(token="class").isnull().all()
+    assert record["residual"].sel(token="patch").notnull().all()
+    assert record["right"].sel(tap="vit/blocks.1", readout="class token").isnull().all()
+    assert record["right"].sel(tap="vit/blocks.1", readout="mean of all").notnull().all()
+    # Both registers stand before the patches, and what they get has no distance.
+    maps = collect(
+        study.model("vit"), study.to_input(study.images(96).pixels, "vit"), attention_taps
+    )
+    for tap, value in maps.items():
+        found = record.sel(tap=f"vit/{tap}")
+        expected = value[:, :, 2:, :2].sum(-1).mean((0, 2))
+        assert found["prefix_mass"].values == pytest.approx(expected.numpy(), rel=1e-4)
+        assert (found["patches"] <= 16).all()
 
 
 def test_a_measurement_that_wants_none_of_the_roles_says_nothing():
@@ -444,7 +469,7 @@ def test_nothing_is_measured_twice_and_the_record_is_the_same(cache):
     assert run(Fake())[1] == 0
 
 
-STUDY_FACTS = ["weights", "one weight", "architecture", "input", "images", "study"]
+STUDY_FACTS = ["weights", "one weight", "architecture", "input", "images"]
 ARGUMENTS = ["estimator", "groups", "taps", "roles", "n", "size", "seed"]
 
 
@@ -469,8 +494,6 @@ def change(name):
         study = Fake(scale={"a": 1.0, "b": 2.0})
     elif name == "images":
         study.shift = 1
-    elif name == "study":
-        study.name = "another"
     elif name in ("estimator", "taps"):
         value = {"estimator": "biased", "taps": ["stem"]}[name]
         options["metric"] = MinibatchCKA(**({"taps": "blocks"} | {name: value}))
@@ -488,6 +511,15 @@ def test_whatever_changes_a_record_makes_it_measured_anew(name, cache):
         _, passes = run(study, **options)
     assert passes > 0, f"a change of the {name} went unnoticed"
     assert len(list(cache.iterdir())) == 2
+
+
+def test_another_study_of_the_same_networks_and_images_measures_nothing_anew():
+    run(Fake())
+    study = Fake()
+    study.name = "another"
+    record, passes = run(study)
+    assert passes == 0
+    assert record.attrs["study"] == "another"
 
 
 @pytest.mark.parametrize("what", ["code_hash", "versions"])

@@ -8,9 +8,9 @@ import warnings
 import matplotlib
 import pytest
 
-from lib.findings.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Estimate, decide
+from lib.findings import CLAIMS
+from lib.findings.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 from lib.site import PUBLISHED, ROOT, commands, measuring, results
-from lib.site.verdicts import CLAIMS
 from lib.studies import load_study
 
 PAGES = {
@@ -65,11 +65,9 @@ def judgements(found):
     judged = {}
     for chapter in found["chapters"].values():
         for evidence in chapter["claims"]:
-            known = [Estimate(*numbers) for numbers in evidence["replicates"]]
-            floor = [Estimate(*numbers) for numbers in evidence["baselines"]]
-            if known and not evidence["why"]:
-                one, other, floor = [*known, None][0], [*known, None][1], [*floor, None][0]
-                judged[evidence["claim"]] = decide(CLAIMS[evidence["claim"]], one, other, floor)
+            if evidence["replicates"] and not evidence["why"]:
+                claim = CLAIMS[evidence["claim"]]
+                judged[claim.key] = Judgement.from_plain(claim, evidence)
     return judged
 
 
@@ -84,17 +82,17 @@ def test_other_studies_found_what_the_chapters_say_of_them():
     # Chapter 2: "one is more uniform than here, its twin less, and both far more so"
     uniform = "E01-uniform"
     assert long[uniform].trained.low > lab[uniform].trained.high
-    assert long[uniform].other_seed.high < lab[uniform].other_seed.low
-    assert long[uniform].other_seed.low > 0.4
+    assert long[uniform].replicates[1].high < lab[uniform].replicates[1].low
+    assert long[uniform].replicates[1].low > 0.4
     # "with ViTs that were trained five times as long, the claim is undecided"
     kinship = "E22-kinship"
     assert lab[kinship].verdict == third[kinship].verdict == CONTRADICTED
-    for estimate in (long[kinship].trained, long[kinship].other_seed):
+    for estimate in (long[kinship].trained, long[kinship].replicates[1]):
         assert estimate.low < 0 < estimate.high
     # "A third seed sides with the twin on equal depth, and with the first ViT on the other two"
     for key, twin in (("E21-diagonal", True), ("E02-last-third", False), ("E22-blocks", False)):
-        first, other = lab[key].trained.value, lab[key].other_seed.value
-        one, its = third[key].trained.value, third[key].other_seed.value
+        first, other = lab[key].trained.value, lab[key].replicates[1].value
+        one, its = third[key].trained.value, third[key].replicates[1].value
         assert its == pytest.approx(other, abs=1e-4)
         assert (abs(one - other) < abs(one - first)) == twin
     # Other studies: "No verdict reverses", "with both seeds (E21)"
@@ -109,9 +107,9 @@ def test_other_studies_found_what_the_chapters_say_of_them():
     for key in ("E12-own-patch", "E12-edges"):
         assert (lab[key].verdict, painting[key].verdict) == (INCONCLUSIVE, SUPPORTED)
     own = painting["E12-own-patch"]
-    assert min(own.trained.low, own.other_seed.low, own.untrained.value) > 0.9
-    assert painting["E06-centre"].trained.low > 2 * lab["E06-centre"].other_seed.high
-    assert painting["E06-centre"].other_seed.low > 2 * lab["E06-centre"].other_seed.high
+    assert min(own.trained.low, own.replicates[1].low, own.baselines[0].value) > 0.9
+    assert painting["E06-centre"].trained.low > 2 * lab["E06-centre"].replicates[1].high
+    assert painting["E06-centre"].replicates[1].low > 2 * lab["E06-centre"].replicates[1].high
     # Other studies: "Three verdicts reverse", "all blocks of these ViTs are much alike"
     reversed_ones = {
         key
@@ -119,7 +117,7 @@ def test_other_studies_found_what_the_chapters_say_of_them():
         if key in lab and {lab[key].verdict, found.verdict} == {SUPPORTED, CONTRADICTED}
     }
     assert reversed_ones == {"E15-plateau", "E03-spread", "E02-midpoint"}
-    assert painting["E01-uniform"].other_seed.low > lab["E01-uniform"].trained.high
+    assert painting["E01-uniform"].replicates[1].low > lab["E01-uniform"].trained.high
 
 
 def blocks(page):

@@ -234,6 +234,13 @@ def test_hiera_is_refused_with_role_and_network_named(monkeypatch, tmp_path):
         measure(Study(model, 64), ["some"], [Localisation(["patch_embed", "blocks.0"])], 8, 4)
 
 
+@pytest.mark.parametrize("size", [6, 9, 15, 30, 36, 100])
+def test_any_size_of_images_will_do(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh())
+    assert layouts(model, ["0", "1"], draw(1, 3, size, size)) == {"0": Layout(), "1": Layout()}
+
+
 def test_a_class_token_alone_is_no_grid():
     model = network("cait_xxs24_224", img_size=64, depth=2, patch_size=8)
     with pytest.raises(TapError, match=r"blocks_token_only\.0' of Cait.*there is no grid"):

@@ -14,10 +14,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from lib import plots
-from lib.findings import claims
+from lib.findings import CLAIMS, claims
+from lib.intervals import Estimate
 from lib.site import CHAPTERS, PUBLISHED, RESULTS, board, commands, extension, results, run
 from lib.site.commands import main
-from lib.studies import TinyImagenetSmall
+from lib.studies.photographs import Photographs
 
 
 def png(shade, noise=0):
@@ -45,8 +46,8 @@ def figure(number, picture):
 
 
 def judged(value, key="E01-uniform"):
-    estimate = claims.Estimate(value, value - 0.1, value + 0.1)
-    table = claims.table([claims.decide(claims.CLAIMS[key], estimate, None, None)])
+    estimate = Estimate(value, value - 0.1, value + 0.1)
+    table = claims.table([claims.Judgement(CLAIMS[key], (estimate,))])
     data, metadata = table._repr_mimebundle_()
     output = new_output("execute_result", data, metadata=metadata)
     return new_code_cell(f"claims.table({key!r})", outputs=[output])
@@ -292,7 +293,7 @@ def workshop(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
     cards = {"vit": {"study": "tiny-imagenet-small"}, "shared": {"study": "lab"}}
-    monkeypatch.setattr(TinyImagenetSmall, "cards", cards)
+    monkeypatch.setattr(Photographs, "cards", cards)
     return tmp_path
 
 

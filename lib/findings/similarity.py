@@ -31,12 +31,11 @@ class Maps:
                 self._names[arm, blocks] = record["layer"].values[places].tolist()
                 taps = record["tap"].values[places]
                 self._places[arm, blocks] = record.indexes["other"].get_indexer(taps)
-        self._rows = record.indexes["tap"].get_indexer(record["other"].values)
         self._full = None
 
     def of(self, hsic: np.ndarray) -> "Maps":
-        """The maps of some HSICs (tap, other)."""
-        self._full = alignment(hsic[self._rows])
+        """The maps of some HSICs (other, other)."""
+        self._full = alignment(hsic)
         return self
 
     def __getitem__(self, pair: tuple[str, str]) -> np.ndarray:
@@ -61,8 +60,10 @@ def of_maps(statistic: Callable[[Maps], float]) -> Callable[[xr.Dataset, dict], 
     def estimate(record, cast):
         if not set(cast.values()) <= set(record["role"].values.tolist()):
             return UNKNOWN
+        # Taps of other measurements have NaN, by which a group without an image would count as one.
+        hsic = record["hsic"].sel(tap=record["other"].values).values
         maps = Maps(record, cast)
-        return jackknife(record["hsic"].values, lambda hsic: statistic(maps.of(hsic)))
+        return jackknife(hsic, lambda sums: statistic(maps.of(sums)))
 
     return estimate
 

@@ -89,11 +89,6 @@ class AttentionDistance(Measurement):
     taps : function, dict by role, str or list of str
         What :func:`lib.measure.measure` taps: attention maps (n, heads, tokens, tokens). By
         default :func:`attention_taps`, which refuses networks that have none.
-
-    Examples
-    --------
-    >>> record = measure(study, ["vit"], [AttentionDistance()])      # doctest: +SKIP
-    >>> record["distance"].sel(tap="vit/blocks.0.attn.attn_drop")    # doctest: +SKIP
     """
 
     needs = ("boxes",)

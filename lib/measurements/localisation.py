@@ -90,8 +90,8 @@ class Localisation(Measurement):
 
     Parameters
     ----------
-    taps : str or list of str
-        What :func:`lib.measure.measure` taps; each must make tokens or feature maps.
+    taps
+        See :class:`lib.measure.Measurement`; each must make tokens or feature maps.
     grid : int, optional
         Finer grids are averaged down to ``grid`` x ``grid`` tokens. Needed if the taps' grids
         differ, as those of a ResNet's stages do. The image is cut into as many patches.
@@ -102,13 +102,6 @@ class Localisation(Measurement):
 
     The control comes along: the same, with every image's tokens set against another image's
     patches, must be zero.
-
-    Examples
-    --------
-    >>> metric = Localisation()
-    >>> for pixels in loader:                                        # doctest: +SKIP
-    ...     metric.update({"last": model.blocks(pixels)}, pixels=pixels)
-    >>> hit(metric.compute()["localisation"])                        # doctest: +SKIP
     """
 
     smallest = SMALLEST_BATCH
@@ -174,12 +167,9 @@ class Localisation(Measurement):
             ``cross_hsic``, ``token_hsic``, ``patch_hsic``: sums per group of minibatches.
             ``cell_size``: side of a cell, in pixels.
         """
-        cross, token, patch = (
-            state.cpu().double().numpy()
-            for state in (self.cross_hsic, self.token_hsic, self.patch_hsic)
-        )
+        states = self.cross_hsic, self.token_hsic, self.patch_hsic, self.shuffled_hsic
+        cross, token, patch, shuffled = (state.cpu().numpy() for state in states)
         own = np.diagonal(patch, axis1=1, axis2=2).sum(0)
-        shuffled = self.shuffled_hsic.cpu().double().numpy()
         square, maps = ("cell", "patch"), ("tap", "cell", "patch")
         return xr.Dataset(
             {
@@ -325,12 +315,8 @@ def _alignment(cross: np.ndarray, token: np.ndarray, patch: np.ndarray) -> np.nd
 @functools.cache
 def _edge_weights(tokens: int) -> np.ndarray:
     """Weights (tokens, patches) of :func:`edge_contrast`."""
-    weights, distance, inside = (
-        np.zeros((tokens, tokens)),
-        _distances(tokens),
-        interior_cells(tokens),
-    )
-    rings = 0
+    distance, inside = _distances(tokens), interior_cells(tokens)
+    weights, rings = np.zeros((tokens, tokens)), 0
     for token in np.flatnonzero(~inside):
         for ring in distance[token] == np.unique(distance[token])[1:, None]:
             edge, interior = ring & ~inside, ring & inside

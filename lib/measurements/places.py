@@ -86,10 +86,12 @@ def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layou
         its tokens in another order than that of their places. Deep layers may answer to a change
         anywhere, so behind a first block that passed the test the layout may stay as it was.
     """
-    side, changed = max(1, x.shape[-1] // 8), x.repeat(1 + len(CORNERS), 1, 1, 1)
-    for image, (row, column) in zip(changed[1:], CORNERS, strict=True):
-        area = image[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
+    size, changed = x.shape[-1], x.repeat(1 + len(CORNERS), 1, 1, 1)
+    wide, starts = max(1, size // 8), [[k * size // 8 for k in corner] for corner in CORNERS]
+    for image, (row, column) in zip(changed[1:], starts, strict=True):
+        area = image[:, row : row + wide, column : column + wide]
         area.copy_(area.flip(-1, -2).roll(1, 0) + 1)
+    centres = [[(start + wide / 2) / size for start in corner] for corner in starts]
     try:
         first = tap_names(model, "blocks")[0]
         values = collect(model, changed, [first, *taps])
@@ -97,7 +99,7 @@ def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layou
         first, values = taps[0], collect(model, changed, taps)
     found, trusted, most = {}, False, 0
     for name, value in values.items():
-        hits = _hits(layout(model), value)
+        hits = _hits(layout(model), value, centres, (wide / 2 + 1.5) / size)
         best = max(hits, key=hits.get, default=None)
         if hits and hits[best] >= 3:
             trusted |= name == first
@@ -115,10 +117,14 @@ def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layou
     return {name: found[name] for name in taps}
 
 
-def _hits(declared: Layout, value: Tensor) -> dict[Layout, int]:
-    """By layout that a tensor's shape allows: at how many changes the right cell moves most."""
+def _hits(declared: Layout, value: Tensor, centres, reach: float) -> dict[Layout, int]:
+    """By layout that a tensor's shape allows: at how many changes the right cell moves most.
+
+    ``centres`` are those of the changed squares, in shares of the image's side; ``reach`` is half
+    the side of a square, and a pixel and a half more, for a kernel may reach beyond it.
+    """
     hits: dict[Layout, int] = {}
-    if value.dim() not in (3, 4) or len(value) != 1 + len(CORNERS):
+    if value.dim() not in (3, 4) or len(value) != 1 + len(centres):
         return hits
     for one in _candidates(declared, value):
         cells = one.split(value.double())[0]
@@ -126,11 +132,10 @@ def _hits(declared: Layout, value: Tensor) -> dict[Layout, int]:
         moved = (cells[1:] - cells[:1]).norm(dim=-1).argmax(1).tolist()
         hits[one] = sum(
             all(
-                # The cell overlaps the square.
-                abs((at + 0.5) / side - (k + 0.5) / 8) <= 1 / 16 + 0.5 / side
-                for at, k in zip(divmod(cell, side), corner, strict=True)
+                abs((at + 0.5) / side - centre) <= reach + 0.5 / side  # they overlap
+                for at, centre in zip(divmod(cell, side), square, strict=True)
             )
-            for cell, corner in zip(moved, CORNERS, strict=True)
+            for cell, square in zip(moved, centres, strict=True)
         )
     return hits
 

@@ -145,8 +145,8 @@ class Probes(Measurement):
 
     Parameters
     ----------
-    taps : str or list of str
-        What :func:`lib.measure.measure` taps; each must make tokens or feature maps.
+    taps
+        See :class:`lib.measure.Measurement`; each must make tokens or feature maps.
     grid : int, optional
         Finer grids are averaged down to ``grid`` x ``grid`` tokens.
     width : int, optional
@@ -204,7 +204,6 @@ class Probes(Measurement):
         return lambda name, value: self.reduce(value, found[name])
 
     def update(self, reduced, images=None, batch=None) -> None:
-        """Add one minibatch: by tap, what :meth:`reduce` made of it, and its images."""
         self.number = int(self.batches) if batch is None else batch
         super().update(reduced, images, batch)
 
@@ -263,15 +262,13 @@ class Probes(Measurement):
                 | _find_objects(features, centres, draws, test)
             )
         axes = {
-            "right": ("tap", "draw", "readout", "image"),
-            "token_right": ("tap", "draw", "image"),
-            "token_accuracy": ("tap", "draw", "probe_cell"),
-            "penalty": ("tap", "draw", "probe"),
-            "centre": ("tap", "arrangement", "image", "axis"),
+            "right": ("draw", "readout", "image"),
+            "token_right": ("draw", "image"),
+            "token_accuracy": ("draw", "probe_cell"),
+            "penalty": ("draw", "probe"),
+            "centre": ("arrangement", "image", "axis"),
         }
-        arrays = {
-            name: (over, np.stack([one[name] for one in per_tap])) for name, over in axes.items()
-        }
+        arrays = {k: (("tap", *v), np.stack([one[k] for one in per_tap])) for k, v in axes.items()}
         arrays["true_centre"] = (("image", "axis"), centres[test].numpy())
         coords = {
             "tap": self.names,
@@ -298,13 +295,8 @@ def into_channels(value: Tensor, width: int, grid: int) -> Tensor:
 def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
     """All probes of one tap for the class, from its features (2 + tokens, n, width)."""
     targets = signs(labels, int(labels.max()) + 1)
-    side_inputs = {
-        "class token": features[0],
-        "mean of patches": features[2:].mean(0),
-        "mean of all": features[1],
-        "first patch": features[2],
-    }
-    inputs = [*(side_inputs[name] for name in READOUTS), features[2:]]
+    # In the order of READOUTS, and all single tokens.
+    inputs = [features[0], features[2:].mean(0), features[1], features[2], features[2:]]
     right, token_right, token_accuracy, penalty = [], [], [], []
     for fitted, held_out in zip(draws, [*draws[1:], draws[0]], strict=True):
         hits, chosen = [], []

@@ -34,11 +34,9 @@ def receptive_field(
 
     Parameters
     ----------
-    model : nn.Module
-        Must treat images one by one, as networks in evaluation mode do.
     x : Tensor (n, colours, size, size)
         The images, as the network takes them.
-    taps : str, list of str or function
+    taps
         See :func:`lib.taps.tap_names`; each must make patch tokens or feature maps.
     channels : int
         Channels drawn for each image. A backward pass serves all images of a minibatch at once,
@@ -46,10 +44,8 @@ def receptive_field(
         tap for the price of four backward passes.
     groups : int
         Images are dealt to this many groups, which are kept apart for intervals.
-    seed : int
-        Of the draw of channels.
-    batch_size : int
-        Images whose graph is held in memory at once.
+    seed, batch_size : int
+        Of the draw of channels; images whose graph is held in memory at once.
 
     Returns
     -------

@@ -13,18 +13,14 @@ from pathlib import Path
 from lib.site import CHAPTERS, DRAFTS, PUBLISHED, RESULTS, RUN, measuring, run
 
 DESCRIPTION = """\
-Do Vision Transformers see like convolutional networks? This runs the book that asks.
-
 A study names some images and a network for every role (vit, resnet, vit_untrained, ...).
-A chapter asks one question of a study; its parameters cell holds what you may change.
+A chapter measures one study; its parameters cell holds what you may change.
 """
-
 EPILOG = """\
 first steps:
   python -m lib studies                       what can be measured here
   python -m lib execute --list                the chapters, and what each lets you change
   python -m lib execute 01 -p n_images 256    one chapter with your value
-  python -m lib execute                       every chapter, for the site
   python -m lib measure vit resnet --out my.nc   similarities of your choice, as a file
   python -m lib measure --vit vit_tiny_patch16_224.augreg_in21k --cnn resnet18.a1_in1k \\
       --images pictures --out my.nc           the same of any networks of timm

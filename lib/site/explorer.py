@@ -12,11 +12,7 @@ from pathlib import Path
 import numpy as np
 
 CHAPTER = "02-representation-structure"
-# Those of the chapter, in its order, so that its measurement is found in the cache.
-ROLES = (
-    *("vit", "vit_gap", "resnet", "mixer", "vit_other_seed", "resnet_other_seed"),
-    *("vit_untrained", "vit_gap_untrained", "resnet_untrained", "mixer_untrained"),
-)
+ARMS = ("vit", "vit_gap", "resnet", "mixer")  # the chapter's: its measurement is in the cache
 UNDEFINED = -128  # hundredths are kept within -127 and 127
 
 # What the parts of a tap's name are called; for others their own name has to do.
@@ -107,6 +103,7 @@ def script(path: Path) -> str:
 def measured(**changes):
     """The measurement of the chapter on representation structure, from the cache if it has run."""
     from lib.cka import MinibatchCKA
+    from lib.findings import claims
     from lib.measure import measure
     from lib.site import CHAPTERS
     from lib.site.run import parameters_of
@@ -114,4 +111,4 @@ def measured(**changes):
 
     values = parameters_of(CHAPTERS / f"{CHAPTER}.ipynb") | changes
     study = load_study(values.pop("study"))
-    return measure(study, study.those(*ROLES), [MinibatchCKA()], **values)
+    return measure(study, claims.networks(study, *ARMS), [MinibatchCKA()], **values)

@@ -80,7 +80,8 @@ def _check_writable(folder: Path, advice: str) -> None:
 
 def _study_of(args):
     """The study that is named, or one made of the networks that are."""
-    from lib.studies import Public, PublicRole, load_study
+    from lib.studies import load_study
+    from lib.studies.public import Public, PublicRole
 
     named = {"vit": args.vit, "resnet": args.cnn}
     named = {role: model for role, model in named.items() if model}
@@ -125,12 +126,13 @@ def studies(args) -> None:
 
     With the roles come what plays them, and how good it is or whether its weights are here.
     """
-    from lib.studies import Trained, load_study, study_names
+    from lib.studies import STUDIES, load_study
+    from lib.studies.study import Trained
 
-    for name in args.study or study_names():
+    for name in args.study or STUDIES:
         study = load_study(name)
         if isinstance(study, Trained):
-            print(f"{name}: {type(study).__doc__.splitlines()[0]}")
+            print(f"{study.name}: {study.purpose}")
             print(f"  {'role':34} {'architecture':21} {'test accuracy':22} what it is for")
             for role, what in study.roles.items():
                 accuracy = _accuracy(study, role)
@@ -189,5 +191,5 @@ def train(args) -> None:
         print(f"  {role:34} {recipe.end * recipe.batch_size:,} images ({took})")
     for role in waiting:
         print(role)
-        card = study.train(role, checkpoints=folder, device=device)
+        card = study.train(role, into=folder, device=device)
         print(f"  accuracy {card['accuracy']:.3f} on {card['test_images']:,} test images")

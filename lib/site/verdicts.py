@@ -7,19 +7,18 @@ changed sentence or threshold never stands beside an old verdict.
 import dataclasses
 import math
 
+from lib.findings import CLAIMS
 from lib.findings.claims import (
     ALREADY_TRUE,
-    CLAIMS,
     CONTRADICTED,
     INCONCLUSIVE,
     NOT_REPEATED,
     SUPPORTED,
     Claim,
-    Estimate,
+    Judgement,
     badge,
-    decide,
-    unmeasurable,
 )
+from lib.intervals import Estimate
 
 COLUMNS = ("measured [95 %]", "other seed", "untrained")
 # Kinds of verdicts, in the order in which the pages sort them (words: templates/counts.html).
@@ -46,24 +45,16 @@ class View:
 
 def view(evidence: dict, chapter: str) -> View:
     """The verdict that follows from the evidence a chapter has for a claim."""
-    claim = CLAIMS[evidence["claim"]]
-    first, second = [*map(_estimate, evidence["replicates"]), None, None][:2]
-    floor = next(map(_estimate, evidence["baselines"]), None)
-    judgement = decide(claim, first, second, floor) if first else unmeasurable(claim, "")
-    verdict, why = judgement.verdict, judgement.why
-    if evidence["why"]:
-        verdict, why = unmeasurable(claim, evidence["why"]).verdict, evidence["why"]
+    judgement = Judgement.from_plain(CLAIMS[evidence["claim"]], evidence)
+    first, second = [*judgement.replicates, None, None][:2]
+    floor = next(iter(judgement.baselines), None)
     return View(
-        claim,
-        badge(verdict, why),
+        judgement.claim,
+        badge(judgement.verdict, judgement.why),
         tuple(str(estimate or "–") for estimate in (first, second, floor)),
-        _kind(verdict, why, floor),
+        _kind(judgement.verdict, judgement.why, floor),
         chapter,
     )
-
-
-def _estimate(numbers: list) -> Estimate:
-    return Estimate(*(math.nan if number is None else number for number in numbers))
 
 
 def _kind(verdict: str, why: str, floor: Estimate | None) -> str:
