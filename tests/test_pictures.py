@@ -269,11 +269,6 @@ def test_equal_pictures_are_counted_once(folder):
     assert len(caught) == 1
 
 
-def test_a_crop_larger_than_the_picture_is_refused(folder):
-    with pytest.raises(ValueError, match="crop is 384 and should be at most resize, which is 256"):
-        read(in_folder(folder), 2, resize=256, crop=384)
-
-
 @pytest.mark.parametrize("case", ["nothing", "empty", "no pictures", "splits"])
 def test_a_folder_that_cannot_be_meant_is_one_sentence(tmp_path, case):
     if case == "nothing":
