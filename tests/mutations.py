@@ -121,7 +121,7 @@ FAULTS = [
     Fault("studies/scenes", "splits share scenes", "seed * len(SPLITS) + SPLITS.index(split)", "seed * len(SPLITS)"),
     Fault("studies/scenes", "boxes without their last pixel", "SIZE - hit.flip(1)", "SIZE - 1 - hit.flip(1)"),
     Fault("studies/scenes", "faint textures are not faint", "low=faintest", "low=0.4"),
-    Fault("studies/masked", "the network is shown all patches", "_take(tokens[:, prefix:], which[..., None])", "tokens[:, prefix:]"),
+    Fault("studies/masked", "the network is shown all patches", "torch.take_along_dim(tokens[:, prefix:], which[..., None], 1)", "tokens[:, prefix:]"),
     Fault("studies/masked", "what is shown is painted too", "hidden = order[:, shown:, None]", "hidden = order[..., None]"),
     Fault("studies/masked", "painted at other places", "places = order[:, :shown, None]", "places = order[:, -shown:, None]"),
     Fault("studies/masked", "the same patches at every step", "self.stream(step)", "self.stream(0)"),

@@ -272,7 +272,7 @@ def test_weights_that_rotted_on_the_disk_are_noticed(server):
     ("name", "says"),
     [
         ("vit_bass_patch16_224", "no network 'vit_bass_patch16_224' .is it 'vit_base_patch16_224'"),
-        ("test_vit.r161_in1k", "no checkpoint 'test_vit.r161_in1k'; of this network it has r160"),
+        ("test_vit.r161_in1k", "no network 'test_vit.r161_in1k' .is it 'test_vit.r160_in1k'"),
         ("", "no network ''"),
     ],
 )

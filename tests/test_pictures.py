@@ -363,10 +363,10 @@ def test_half_a_download_leaves_nothing(imagenette, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("Imagenet", {}, "torchvision has no data set 'Imagenet'"),
+        ("Imagenet", {}, "torchvision has no 'Imagenet'; Imagenette is"),
         ("ImageNet", {"split": "val"}, "archive ILSVRC2012_devkit_t12.tar.gz is not present"),
         ("Imagenette", {"splot": "val"}, "does not take these options"),
-        ("FakeData", {}, "does not keep its pictures as files"),
+        ("FakeData", {}, "keeps no picture files, as Imagenette does"),
     ],
 )
 def test_other_data_sets_are_refused_with_a_reason(tmp_path, name, options, says):

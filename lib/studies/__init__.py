@@ -33,30 +33,14 @@ def _public(name: str, title: str) -> Entry:
 
 
 STUDIES = {
-    "lab": Entry(
-        "lab",
-        "Procedural scenes and small matched networks trained on them by this book",
-        lab.Lab,
-    ),
-    "lab-third-seed": Entry(
-        "lab, third seed",
-        "The lab with a ViT and a ResNet from a third seed in the places of the first",
-    ),
-    "lab-long": Entry(
-        "lab, five times as long",
-        "The lab with ViTs trained on five times as many scenes; the others had converged",
-    ),
-    "lab-faint": Entry(
-        "lab, faint textures",
-        "The lab with harder scenes, whose textures have less contrast, down to none at all",
-    ),
-    "lab-masked": Entry(
-        "lab, masked autoencoders",
-        "The lab with ViTs that learned without labels, by painting hidden patches",
-    ),
+    "lab": Entry("lab", "Procedural scenes and small matched networks trained on them", lab.Lab),
+    "lab-third-seed": Entry("lab, third seed", "A ViT and a ResNet from a third seed"),
+    "lab-long": Entry("lab, five times as long", "ViTs trained on five times as many scenes"),
+    "lab-faint": Entry("lab, faint textures", "Scenes whose textures may have no contrast"),
+    "lab-masked": Entry("lab, masked autoencoders", "ViTs that learned by painting hidden patches"),
     "lab-second": Entry(
         "lab, second edition",
-        "The lab with networks trained by Muon, with replicates of every arm",
+        "Procedural scenes and networks trained on them by Muon, with replicates of every arm",
         partial(lab.Lab, roles=lab.SECOND),
     ),
     "photographs": Entry(
@@ -64,10 +48,7 @@ STUDIES = {
         "Tiny-ImageNet at 64 pixels and networks of the lab's size trained on it by this book",
         partial(photographs.Photographs, roles=photographs.ROLES),
     ),
-    "tiny-imagenet-small": Entry(
-        "Tiny-ImageNet, small",
-        "A quarter of Tiny-ImageNet at half the size, and networks of the lab's sizes: for a CPU",
-    ),
+    "tiny-imagenet-small": Entry("Tiny-ImageNet, small", "A quarter of it at half the size"),
     "imagenet-small": _public("imagenet-small", "ImageNet, small"),
     "imagenet": _public("imagenet", "ImageNet"),
     "imagenet-paper": _public("imagenet-paper", "ImageNet, the paper's sizes"),

@@ -39,19 +39,14 @@ def config(name: str) -> dict:
     if name.startswith(ON_THE_HUB):
         repository = name.removeprefix(ON_THE_HUB)
         return _from_hub(name, lambda: load_model_config_from_hf(repository)[0])
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(), n=1)
-        meant = f" (is it {near[0]!r} you mean?)" if near else ""
+    architecture, dot, _ = name.partition(".")
+    tagged = timm.list_pretrained(architecture)
+    if not timm.is_model(architecture) or (dot and name not in tagged):
+        known = [*tagged, *timm.list_models()]
+        near = [*difflib.get_close_matches(name, known, n=1), "vit_base_patch16_224"][0]
         raise ValueError(
-            f"timm {timm.__version__} has no network {architecture!r}{meant}; "
-            "timm.list_models() names all"
-        )
-    tagged = [found.partition(".")[2] for found in timm.list_pretrained(architecture)]
-    if tag and tag not in tagged:
-        raise ValueError(
-            f"timm {timm.__version__} has no checkpoint {name!r}; "
-            f"of this network it has {', '.join(tagged) or 'none'}"
+            f"timm {timm.__version__} has no network {name!r} (is it {near!r} you mean?); "
+            "timm.list_models(pretrained=True) names all"
         )
     found = timm.get_pretrained_cfg(name)
     return found.to_dict() if found else {}
@@ -139,8 +134,8 @@ def fetch(name: str) -> Path:
             blob.unlink(missing_ok=True)
             raise HubError(
                 f"the weights of {name} are damaged: their SHA-256 is not the one that "
-                f"{constants.ENDPOINT} announced; they were removed, so try again or, if it "
-                "happens again, set HF_ENDPOINT to another mirror"
+                f"{constants.ENDPOINT} announced; they were removed: try again, set HF_ENDPOINT to "
+                "another mirror"
             )
     return file
 
@@ -151,7 +146,7 @@ def is_here(name: str) -> bool:
         repository, revision, files = _place(name)
     except (HubError, ValueError):
         return False
-    found = [try_to_load_from_cache(repository, file, revision=revision) for file in files]
+    found = (try_to_load_from_cache(repository, file, revision=revision) for file in files)
     return any(isinstance(path, str) for path in found)
 
 
@@ -191,10 +186,9 @@ def _trouble(error: Exception) -> tuple[str, str]:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{cache} cannot be written to", "set HF_HOME to a folder of yours"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids it", f"unset it, set HF_HOME, which is {cache} now"
+        return "HF_HUB_OFFLINE forbids it", "unset it, set HF_HOME to a folder that has it"
     if isinstance(error, errors.GatedRepoError):
-        cure = "do so on its page and set HF_TOKEN"
-        return f"{hub} gives it only to those who have accepted its terms", cure
+        return f"{hub} gives it only to those who have accepted its terms", "do so, set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError | errors.EntryNotFoundError) and status:
         cure = "check the name, set HF_TOKEN if it is private, set HF_ENDPOINT to a mirror"
         return f"{hub} has no weights of that name ({status})", cure

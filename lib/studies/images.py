@@ -22,10 +22,8 @@ class Images:
     @property
     def labels(self) -> Tensor:
         if self._labels is None:
-            raise ValueError(
-                "these images have no labels, and this measurement needs some: "
-                "sort the pictures into one subfolder per class"
-            )
+            told = "these images have no labels, and this measurement needs some: "
+            raise ValueError(told + "sort the pictures into one subfolder per class")
         return self._labels
 
     @property
@@ -75,11 +73,9 @@ class SceneSet:
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         chunks = torch.unique(indices // scenes.CHUNK)
         for chunk in chunks[~self.drawn[chunks]].tolist():
-            start = chunk * scenes.CHUNK
-            stop = min(start + scenes.CHUNK, len(self))
-            drawn = scenes.draw(range(start, stop), *self.drawn_as)
-            self.pixels[start:stop] = drawn.images.to(self.pixels.device)
-            self.labels[start:stop] = drawn.labels.to(self.pixels.device)
+            place = slice(chunk * scenes.CHUNK, (chunk + 1) * scenes.CHUNK)
+            drawn = scenes.draw(range(len(self))[place], *self.drawn_as)
+            self.pixels[place], self.labels[place] = drawn.images, drawn.labels
             self.drawn[chunk] = True
         indices = indices.to(self.pixels.device)
         return self.pixels[indices], self.labels[indices]

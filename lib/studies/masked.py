@@ -76,8 +76,8 @@ class MaskedAutoencoder(nn.Module):
         places = order[:, :shown, None].expand_as(seen)
         tokens = everywhere.scatter_add(1, places, seen - self.hidden.to(seen.dtype))
         hidden = order[:, shown:, None]
-        painted = self.paint(_take(self.block(tokens), hidden)).float()
-        target = _take(self.unfold(images).flatten(2).mT, hidden)
+        painted = self.paint(torch.take_along_dim(self.block(tokens), hidden, 1)).float()
+        target = torch.take_along_dim(self.unfold(images).flatten(2).mT, hidden, 1)
         return F.mse_loss(painted, F.layer_norm(target, target.shape[-1:]))
 
     def _encode(self, images: Tensor, which: Tensor) -> Tensor:
@@ -85,8 +85,8 @@ class MaskedAutoencoder(nn.Module):
         prefix = self.encoder.num_prefix_tokens
 
         def only(drop, arguments, tokens):
-            patches = _take(tokens[:, prefix:], which[..., None])
-            return torch.cat([tokens[:, :prefix], patches], dim=1)
+            patches = torch.take_along_dim(tokens[:, prefix:], which[..., None], 1)
+            return torch.cat([tokens[:, :prefix], patches], 1)
 
         # timm drops patches here, between the position embedding and the first block.
         handle = self.encoder.patch_drop.register_forward_hook(only)
@@ -94,11 +94,6 @@ class MaskedAutoencoder(nn.Module):
             return self.encoder.forward_features(images)[:, prefix:]
         finally:
             handle.remove()
-
-
-def _take(tokens: Tensor, which: Tensor) -> Tensor:
-    """Of tokens (n, t, width) those of indices (n, k, 1)."""
-    return tokens.gather(1, which.expand(-1, -1, tokens.shape[-1]))
 
 
 @torch.no_grad()

@@ -127,8 +127,8 @@ def read_split(root: Path, name: str) -> Pictures:
     rows = list(_published(root, name) if published else _unpacked(root, name))
     if not rows:
         raise FileNotFoundError(
-            f"{root / name} holds no pictures of Tiny-ImageNet; it should have {name}/CLASS/*.jpg, "
-            f"or be the publisher's folder {PUBLISHED}/"
+            f"{root / name} holds no pictures of Tiny-ImageNet: put {name}/CLASS/*.jpg there, or "
+            f"use the publisher's folder {PUBLISHED}/"
         )
     names = _names(root, published)
     if unknown := sorted({wnid for wnid, *_ in rows} - names.keys()):
@@ -163,22 +163,16 @@ def _unpacked(root: Path, name: str):
 
 def _names(root: Path, published: bool) -> dict[str, str]:
     """Short names of the classes, by their numbers in WordNet, in sorted order."""
-    if published:
-        wnids = (root / "wnids.txt").read_text().split()
-        lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
-    else:
-        lines = (root / "classes.tsv").read_text(encoding="utf-8").splitlines()[1:]
-        wnids = [line.split("\t")[0] for line in lines]
+    table = root / ("words.txt" if published else "classes.tsv")
+    lines = table.read_text(encoding="utf-8").splitlines()
     words = dict(line.split("\t")[:2] for line in lines)
+    # All of WordNet, or a line of titles and the classes.
+    wnids = (root / "wnids.txt").read_text().split() if published else list(words)[1:]
     return {wnid: words[wnid].split(",")[0].strip() for wnid in sorted(wnids)}
 
 
 def read(split: Pictures, cache: Path) -> Images:
-    """All pictures of a split with labels and boxes.
-
-    Their pixels are kept in the folder ``cache``, uint8 in one file per split, if it can be
-    written to.
-    """
+    """All pictures of a split, with labels and boxes; pixels are kept in the folder ``cache``."""
     names = "".join(f"{path.name} {path.stat().st_size}\n" for path in split.paths)
     key = hashlib.sha256(f"{SIDE} {names}".encode()).hexdigest()[:12]
     path = cache / f"{UNPACKED}-{len(split)}-at-{SIDE}-{key}.npy"

@@ -7,6 +7,7 @@ in another. A picture that cannot be read is replaced by another, and reported o
 import collections
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import os
@@ -79,9 +80,9 @@ def in_folder(folder) -> Pictures:
     found = make_dataset(str(folder), {"": 0}, is_valid_file=wanted, allow_empty=True)
     paths = sorted(Path(path) for path, _ in found)
     if not paths:
+        kinds = ", ".join(IMG_EXTENSIONS)
         raise FileNotFoundError(
-            f"there are no pictures in {folder}; it should hold {', '.join(IMG_EXTENSIONS[:3])}, "
-            "... files, in one subfolder per class if classes are known"
+            f"there are no pictures in {folder}: put some there ({kinds}), one subfolder per class"
         )
     if folder in {path.parent for path in paths}:
         return Pictures(str(folder), paths, None, [])
@@ -101,28 +102,22 @@ def of_torchvision(dataset: str, root, **options) -> Pictures:
     """
     kind = getattr(torchvision.datasets, dataset, None)
     if kind is None:
-        raise ValueError(
-            f"torchvision has no data set {dataset!r}; Imagenette is one, and ImageNet"
-        )
+        raise ValueError(f"torchvision has no {dataset!r}; Imagenette is a data set, and ImageNet")
     root = Path(root).expanduser()
     try:
         if "download" in inspect.signature(kind).parameters:
-            download(
-                dataset, root, lambda part: kind(part, download=True, **options),
-                lambda: kind(root, **options), "try again, or name a folder of pictures instead",
-            )  # fmt: skip
+            cure = "try again, or name a folder of pictures instead"
+            make = functools.partial(kind, download=True, **options)
+            download(dataset, root, make, lambda: kind(root, **options), cure)
         found = kind(root, **options)
     except TypeError as error:
         raise ValueError(f"torchvision's {dataset} does not take these options: {error}") from error
     samples = getattr(found, "samples", None) or getattr(found, "_samples", None)
     if not samples:
-        raise ValueError(
-            f"torchvision's {dataset} does not keep its pictures as files; "
-            "Imagenette and ImageNet do"
-        )
+        raise ValueError(f"torchvision's {dataset} keeps no picture files, as Imagenette does")
+    paths, labels = zip(*samples, strict=True)
     classes = [name if isinstance(name, str) else name[0] for name in found.classes]
-    paths = [Path(path) for path, _ in samples]
-    return Pictures(f"{dataset} in {root}", paths, [label for _, label in samples], classes)
+    return Pictures(f"{dataset} in {root}", [*map(Path, paths)], list(labels), classes)
 
 
 def download(what: str, root: Path, make, check, cure: str) -> None:
@@ -173,27 +168,20 @@ def read(pictures: Pictures, n: int, seed: int = 0, resize: int = 256, crop: int
 
 def _report(where: str, pixels: torch.Tensor, n: int, skipped: dict[str, list[str]]) -> None:
     """Warn of pictures that were skipped and of equal ones; raise if too few are left."""
-    report = "; ".join(
-        f"{len(names)} {reason} ({names[0]}{', ...' if len(names) > 1 else ''})"
-        for reason, names in skipped.items()
-    )
+    kinds = [(f"{len(names)} {reason}", names) for reason, names in skipped.items()]
+    kinds = [f"{what} ({names[0]}{', ...' if names[1:] else ''})" for what, names in kinds]
+    left, why = f"{sum(map(len, skipped.values()))} of the pictures", "; ".join(kinds)
     if len(pixels) < n:
         raise ValueError(
-            f"{where} has {len(pixels):,} pictures that can be read, and {n:,} were asked "
-            f"for: ask for fewer{f' (skipped: {report})' if report else ''}"
+            f"{where} has {len(pixels):,} pictures that can be read, and {n:,} were asked for: "
+            f"ask for fewer{f' (skipped: {why})' if why else ''}"
         )
-    if report:
-        warnings.warn(
-            f"{sum(map(len, skipped.values()))} of the pictures could not be used, and others of "
-            f"{where} take their place: {report}",
-            stacklevel=3,
-        )
+    if why:
+        told = f"{left} could not be used, and others of {where} take their place: {why}"
+        warnings.warn(told, stacklevel=3)
     if again := n - len({picture.numpy().tobytes() for picture in pixels}):
-        warnings.warn(
-            f"{again} of {n} pictures of {where} equal another of them: similarities of "
-            "representations come out too high",
-            stacklevel=3,
-        )
+        told = f"{again} of {n} pictures of {where} equal another of them: similarities of "
+        warnings.warn(f"{told}representations come out too high", stacklevel=3)
 
 
 def order(pictures: Pictures, seed: int) -> list[int]:

@@ -48,30 +48,24 @@ class Task(NamedTuple):
     """What is asked of a scene.
 
     purpose     : the question, in words
-    labels      : the answers (n,), from scenes
     wavelengths : of the textures, in pixels
     contrast    : of the textures, from their darkest to their brightest; black to white is 1
+    answer      : the labels (n,) of scenes, if not the object's shape and texture
     """
 
     purpose: str
-    labels: Callable[[Scenes], Tensor]
     wavelengths: tuple[float, float] = (3.4, 5.2)
     contrast: tuple[float, float] = (0.4, 0.8)
+    answer: Callable[[Scenes], Tensor] = lambda drawn: drawn.labels
 
 
 TASKS = {
-    "object": Task("shape and texture of the object", lambda drawn: drawn.labels),
-    "fine textures": Task(
-        "the same of objects with finer textures", lambda drawn: drawn.labels, (2.4, 3.4)
-    ),
-    "faint textures": Task(
-        "the same of objects whose textures may be too faint to see",
-        lambda drawn: drawn.labels,
-        contrast=(0.0, 0.8),
-    ),
+    "object": Task("shape and texture of the object"),
+    "fine textures": Task("the same of objects with finer textures", wavelengths=(2.4, 3.4)),
+    "faint textures": Task("the same, of textures that may be too faint", contrast=(0.0, 0.8)),
     "colour": Task(
         "which of red, green and blue the object has much of",
-        lambda drawn: ((drawn.colours > 0.5).long() * torch.tensor([1, 2, 4])).sum(1),
+        answer=lambda drawn: ((drawn.colours > 0.5).long() * torch.tensor([1, 2, 4])).sum(1),
     ),
 }
 
@@ -97,7 +91,7 @@ def draw(indices, split: str = "train", seed: int = 0, task: str = "object") -> 
     drawn = [_draw_chunk(int(chunk), split, seed, TASKS[task]) for chunk in chunks]
     rows = position * CHUNK + indices % CHUNK
     found = Scenes(*(torch.cat(field)[rows] for field in zip(*drawn, strict=True)))
-    return found._replace(labels=TASKS[task].labels(found))
+    return found._replace(labels=TASKS[task].answer(found))
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -177,8 +171,7 @@ def _texture(kind: Tensor, task: Task, stream: torch.Generator) -> Tensor:
     direction[directed, 1] = tilt[directed]
     weights = torch.zeros(len(TEXTURES), waves)
     weights[0, 0] = weights[1, 1] = 1
-    weights[2, :2] = math.sqrt(1 / 2)
-    weights[3] = math.sqrt(1 / waves)
+    weights[2, :2], weights[3] = math.sqrt(1 / 2), math.sqrt(1 / waves)
 
     # sin(a + b) = sin(a) cos(b) + cos(a) sin(b): a wave is two outer products, and the sum over
     # waves one small matrix product per scene.
@@ -196,10 +189,8 @@ def _outline(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor, angle: Tenso
     u = (torch.cos(angle) * dx + torch.sin(angle) * dy).abs()
     v = (torch.cos(angle) * dy - torch.sin(angle) * dx).abs()
     distance = torch.hypot(dx, dy)
-    half = radius / 2
-    arm = radius * (1 - math.sqrt(0.5))
+    half, arm = radius / 2, radius * (1 - math.sqrt(0.5))
     hole = radius * math.sqrt(1 - 2 / math.pi)
-
     inside = [
         torch.minimum(radius - u, half - v),
         torch.minimum(radius - v, half - u),

@@ -188,7 +188,7 @@ class Trained(Study):
         data, val, test = self.training_data(role, device)
         to_input = functools.partial(self.to_input, role=name)
         held_out = val.pixels, val.labels
-        curve = training.train(model, role.recipe, data, held_out, folder, device, None, to_input)
+        curve = training.train(model, role.recipe, data, held_out, folder, device, to_input)
         model.load_state_dict(checkpoints.unpack(checkpoints.pack(model.cpu().state_dict())))
         right = training.score(model, test.pixels, test.labels, to_input=to_input) * len(test)
         accuracy = intervals.share(round(right), len(test))
@@ -233,5 +233,5 @@ class Trained(Study):
         return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
     def those(self, *names: str) -> list[str]:
-        """Those of some roles that can be measured: it takes weights, unless it is untrained."""
+        # What was not trained needs no weights.
         return [name for name in names if name in self.baselines or name in self.cards]

@@ -19,8 +19,8 @@ SAVES = 20
 
 
 def train(
-    model: nn.Module, recipe: Recipe, data, held_out, folder, device="cpu", stop_after=None,
-    to_input=scenes.to_input,
+    model: nn.Module, recipe: Recipe, data, held_out, folder, device="cpu",
+    to_input=scenes.to_input, stop_after: int | None = None,
 ) -> list[dict]:  # fmt: skip
     """Train a network in place, or go on where an interrupted training of it stopped.
 
@@ -32,15 +32,13 @@ def train(
         Scored along the way for the curve; nothing is selected on it.
     folder : path
         Where the state is kept while training lasts.
-    stop_after : int, optional
-        Stop, resumably, after this many steps.
     to_input : callable
         Makes the network's input of uint8 pixels.
+    stop_after : int, optional
+        Stop, resumably, after this many steps.
 
-    Returns
-    -------
-    list of dict
-        The curve: ``images`` seen, training ``loss``, held-out ``accuracy``, ``seconds`` taken.
+    Returns the curve, a list of dicts: ``images`` seen, training ``loss``, held-out ``accuracy``,
+    ``seconds`` taken.
     """
     if len(data) != recipe.distinct:
         raise ValueError(f"the recipe wants {recipe.distinct} distinct images, got {len(data)}")
