@@ -292,27 +292,27 @@ def workshop(tmp_path, monkeypatch):
     for module in (commands, results):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
-    cards = {"vit": {"study": "tiny-imagenet-small"}, "shared": {"study": "lab"}}
+    cards = {"vit": {"study": "photographs"}, "shared": {"study": "lab"}}
     monkeypatch.setattr(Photographs, "cards", cards)
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("more", "printed"),
-    [([], "tiny-imagenet-small 4800 5\n"), (["-p", "shots", "3"], "tiny-imagenet-small 4800 3\n")],
+    [([], "photographs 8000 10\n"), (["-p", "shots", "3"], "photographs 8000 3\n")],
 )
 def test_chapters_that_measure_are_executed_on_a_study(workshop, more, printed, capsys):
-    assert main(["execute", "--study", "tiny-imagenet-small", *more]) == 0
-    assert "tiny-imagenet-small: 05-all in " in capsys.readouterr().out
-    kept = results.load("tiny-imagenet-small")
+    assert main(["execute", "--study", "photographs", *more]) == 0
+    assert "photographs: 05-all in " in capsys.readouterr().out
+    kept = results.load("photographs")
     assert list(kept["chapters"]["05-all"]["outputs"].values()) == [f"<pre>{printed}</pre>"]
-    assert kept["cards"] == {"vit": {"study": "tiny-imagenet-small"}}  # the lab keeps its own
+    assert kept["cards"] == {"vit": {"study": "photographs"}}  # the lab keeps its own
 
 
 def test_what_cannot_be_executed_on_a_study_is_one_sentence(workshop, capsys):
     for given, says in (
         (["--study", "lab"], "the lab is what `execute` measures without --study"),
-        (["01", "--study", "tiny-imagenet"], "none of 01-some has the parameters"),
+        (["01", "--study", "photographs"], "none of 01-some has the parameters"),
         (["--study", "imaginary"], "there is no study 'imaginary'"),
     ):
         assert main(["execute", *given]) == 2

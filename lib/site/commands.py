@@ -81,7 +81,7 @@ def _execute_arguments(parser) -> None:
         "  execute                          every chapter\n"
         "  execute 01                       the first\n"
         "  execute 01 -p n_images 256       the first with a value of yours\n"
-        "  execute --study tiny-imagenet    every chapter that measures, on another study\n"
+        "  execute --study photographs      every chapter that measures, on another study\n"
         "  execute --list                   the chapters, and what each lets you change"
     )
     add = parser.add_argument

@@ -81,7 +81,7 @@ def _check_writable(folder: Path, advice: str) -> None:
 def _study_of(args):
     """The study that is named, or one made of the networks that are."""
     from lib.studies import load_study
-    from lib.studies.public import Public, PublicRole
+    from lib.studies.public import Public, PublicRole, Source
 
     named = {"vit": args.vit, "resnet": args.cnn}
     named = {role: model for role, model in named.items() if model}
@@ -103,7 +103,7 @@ def _study_of(args):
         role: PublicRole(model, "named on the command line", weights=weights.get(role))
         for role, model in named.items()
     }
-    return Public("named", roles, {"folder": args.images})
+    return Public("named", roles, Source(folder=args.images))
 
 
 def _weights(entry: str, named: list[str]) -> tuple[str, str]:
@@ -129,7 +129,7 @@ def studies(args) -> None:
     from lib.studies import STUDIES, load_study
     from lib.studies.study import Trained
 
-    for name in args.study or STUDIES:
+    for name in args.study or [name for name, entry in STUDIES.items() if entry.load]:
         study = load_study(name)
         if isinstance(study, Trained):
             print(f"{study.name}: {study.purpose}")
