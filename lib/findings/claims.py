@@ -101,18 +101,13 @@ class Judgement:
 
     def as_plain(self) -> dict:
         """The evidence for JSON, rounded as it is printed, so that it holds on every machine."""
-        replicates, baselines = (
-            [
-                [
-                    None if np.isnan(part) else float(f"{part:.3f}")
-                    for part in dataclasses.astuple(one)
-                ]
-                for one in found
-            ]
-            for found in (self.replicates, self.baselines)
-        )
-        plain = {"claim": self.claim.key, "replicates": replicates, "baselines": baselines}
-        return plain | {"why": self.missing}
+        found = {"replicates": self.replicates, "baselines": self.baselines}
+        parts = {name: [dataclasses.astuple(one) for one in ones] for name, ones in found.items()}
+        plain = {
+            name: [[None if np.isnan(x) else float(f"{x:.3f}") for x in one] for one in ones]
+            for name, ones in parts.items()
+        }
+        return {"claim": self.claim.key, **plain, "why": self.missing}
 
     @classmethod
     def from_plain(cls, claim: Claim, plain: dict) -> "Judgement":

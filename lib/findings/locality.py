@@ -148,14 +148,12 @@ def along(record, role, score: Callable, ending="", then: Callable = np.array) -
     )
 
 
-def half(field: np.ndarray, centre: float, cell: float) -> float:
-    """Radius of the circle around a location that holds half of its field, in pixels."""
-    return radius(field, centre, 0.5)
+def holding(share: float) -> Callable:
+    """Radius, in pixels, of the circle around a location that holds a share of its field."""
+    return lambda field, centre, cell: radius(field, centre, share)
 
 
-def nine_tenths(field: np.ndarray, centre: float, cell: float) -> float:
-    """Radius of the circle around a location that holds nine tenths of its field, in pixels."""
-    return radius(field, centre, 0.9)
+half, nine_tenths = holding(0.5), holding(0.9)
 
 
 def upper_half(record: xr.Dataset, role: str, ending: str) -> Estimate:
