@@ -345,6 +345,13 @@ def test_committed_results_are_complete_and_name_no_machine():
         assert (path.parent / "cka.npz").exists()
 
 
+def test_published_chapters_carry_evidence():
+    for path in PUBLISHED.glob("*.ipynb"):
+        chapter, _ = results.of_chapter(json.loads(path.read_text(encoding="utf-8")), "lab")
+        for evidence in chapter["claims"]:
+            assert set(evidence) == {"claim", "replicates", "baselines", "why"}, path.name
+
+
 def test_cells_are_told_apart_by_their_code():
     """Or a study's output would be shown in the place of another."""
     for path in PUBLISHED.glob("*.ipynb"):

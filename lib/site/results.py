@@ -14,6 +14,7 @@ import html
 import io
 import json
 import re
+import struct
 import zipfile
 from datetime import date
 from pathlib import Path
@@ -38,7 +39,8 @@ def of_chapter(notebook: dict, study: str) -> tuple[dict, dict[str, bytes]]:
     """
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     cells = [cell for cell in cells if cell["id"] != "injected-parameters"]
-    found = {"edition": EDITION, "code": code_hash(cells)}
+    # Of the code, imports do not count, since modules move without changing.
+    found = {"edition": EDITION, "code": _hash("\n".join(map(_without_imports, cells)))}
     found |= {"claims": [], "glued": {}, "outputs": {}, "figures": {}, "provenance": {}}
     pictures = {}
     for cell in cells:
@@ -53,50 +55,16 @@ def of_chapter(notebook: dict, study: str) -> tuple[dict, dict[str, bytes]]:
         elif shown := _shown(cell):
             found["outputs"][cell_key(cell)] = shown
         for output in cell["outputs"]:
-            found["claims"] += map(evidence, output.get("metadata", {}).get(CARRIED, []))
-        found["glued"] |= glued(cell)
+            metadata = output.get("metadata", {})
+            found["claims"] += metadata.get(CARRIED, [])
+            if scrap := metadata.get("scrapbook"):  # glued for the text
+                value = text(output["data"][f"{scrap['mime_prefix']}text/plain"])
+                if not value.startswith("<"):  # no number and no words
+                    found["glued"][scrap["name"]] = ast.literal_eval(value)
     if cells and "<th>" in (last := found["outputs"].pop(cell_key(cells[-1]), "")):
         rows = re.findall(r"<th>(.*?)</th>\s*<td>(.*?)</td>", last, re.DOTALL)
         found["provenance"] = {name: html.unescape(value) for name, value in rows}
     return found, pictures
-
-
-def evidence(plain: dict) -> dict:
-    """The evidence that a table of claims carried; the first edition carried judgements."""
-    if "replicates" in plain:
-        return plain
-
-    def known(*names):
-        estimates = [plain[name] for name in names if plain[name]]
-        return [
-            [each[part] for part in ("value", "low", "high")]
-            for each in estimates
-            if each["value"] is not None
-        ]
-
-    why = plain["why"] if plain["verdict"] == "not measurable" else ""
-    return {
-        "claim": plain["claim"],
-        "replicates": known("trained", "other_seed"),
-        "baselines": known("untrained"),
-        "why": why,
-    }
-
-
-def glued(cell: dict) -> dict[str, float | int | str]:
-    """The numbers and words that a cell glued for the text; no pictures, no verdicts."""
-    found = {}
-    for output in cell["outputs"]:
-        if scrap := output.get("metadata", {}).get("scrapbook"):
-            value = text(output["data"][f"{scrap['mime_prefix']}text/plain"])
-            if not value.startswith("<"):
-                found[scrap["name"]] = ast.literal_eval(value)
-    return found
-
-
-def code_hash(cells: list[dict]) -> str:
-    """A hash of a chapter's code; imports do not count, since modules move without changing."""
-    return _hash("\n".join(map(_without_imports, cells)))
 
 
 def cell_key(cell: dict) -> str:
@@ -118,20 +86,19 @@ def _hash(code: str) -> str:
 
 def text(source: str | list[str]) -> str:
     """Notebooks keep text as one string or as a list of lines."""
-    return source if isinstance(source, str) else "".join(source)
+    return "".join(source)
 
 
 def _shown(cell: dict) -> str:
     """What a cell prints, as HTML; nothing of cells that are left out of the page."""
-    if "remove-cell" in cell["metadata"].get("tags", []):
+    # Tables of claims are made anew from the evidence.
+    claims = any(CARRIED in output.get("metadata", {}) for output in cell["outputs"])
+    if claims or "remove-cell" in cell["metadata"].get("tags", []):
         return ""
     shown = []
     for output in cell["outputs"]:
-        if CARRIED in output.get("metadata", {}):
-            return ""  # made anew from the evidence
-        if "text/html" in output.get("data", {}):
-            table = text(output["data"]["text/html"])
-            shown.append(re.sub(r"<style.*?</style>\s*", "", table, flags=re.DOTALL))
+        if table := output.get("data", {}).get("text/html"):
+            shown.append(re.sub(r"<style.*?</style>\s*", "", text(table), flags=re.DOTALL))
         elif output.get("name") == "stdout":
             shown.append(f"<pre>{html.escape(text(output['text']))}</pre>")
     return "\n".join(shown)
@@ -145,7 +112,7 @@ def picture(cell: dict) -> bytes | None:
 
 def _size(png: bytes) -> tuple[int, int]:
     """Width and height in pixels, as the header of a PNG file gives them."""
-    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+    return struct.unpack(">II", png[16:24])
 
 
 def small(png: bytes) -> bytes:
@@ -164,16 +131,14 @@ def small(png: bytes) -> bytes:
 
 def load(study: str) -> dict:
     """The results.json of a study; without chapters and cards if there is none."""
-    path = RESULTS / study / "results.json"
-    if not path.exists():
+    if not (path := RESULTS / study / "results.json").exists():
         return {"study": study, "chapters": {}, "cards": {}}
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def figures(study: str) -> dict[str, bytes]:
     """The figures of a study by chapter and name, ``03-locality/fig-heads``."""
-    path = RESULTS / study / "figures.zip"
-    if not path.exists():
+    if not (path := RESULTS / study / "figures.zip").exists():
         return {}
     with zipfile.ZipFile(path) as archive:
         return {name.removesuffix(".png"): archive.read(name) for name in archive.namelist()}
