@@ -80,10 +80,7 @@ def titles() -> dict[str, str]:
 def judged(found: dict) -> dict[str, View]:
     """The verdicts of a study by the claim's key, from its results.
 
-    Raises
-    ------
-    ValueError
-        If two chapters judge one claim, or a chapter of this edition judges an unknown one.
+    Two chapters must not judge one claim, nor a chapter of this edition an unknown one.
     """
     views = {}
     for name, chapter in found["chapters"].items():
@@ -102,17 +99,13 @@ def judged(found: dict) -> dict[str, View]:
 
 
 class Book:
-    """What the pages need: by study the title, the results and the verdicts; the lab is first.
-
-    lab : folders of the executed chapters of the lab, see :func:`lib.site.results.executed`
-    """
+    """What the pages need: by study the title, the results and the verdicts; the lab is first."""
 
     def __init__(self, *lab: Path):
+        """Of folders of the lab's executed chapters, see :func:`lib.site.results.executed`."""
         self.titles = titles()
-        self.results = {
-            name: results.of_chapters(*lab) if name == "lab" else results.load(name)
-            for name in self.titles
-        }
+        self.results = dict(zip(self.titles, map(results.load, self.titles), strict=True))
+        self.results["lab"] = results.of_chapters(*lab)
         self.views = {name: judged(found) for name, found in self.results.items()}
 
     def kinds(self, study: str) -> dict[str, list[str]]:

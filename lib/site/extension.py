@@ -72,12 +72,7 @@ class Pages:
     def prepare(self, name: str, notebook: dict) -> tuple[dict, set]:
         """Judge the tables of claims, paste glued numbers and mark what a switch may change.
 
-        Returns
-        -------
-        dict
-            By key of a cell, the claims in it; none if it is another cell.
-        set
-            The glued numbers that the text shows, with their formats.
+        Returns the claims in every cell, by its key, and the numbers in the text, with formats.
         """
         cells, pasted = {}, set()
         glued = self._chapters("lab")[name]["glued"]

@@ -14,10 +14,11 @@ import html
 import io
 import json
 import re
-import struct
 import zipfile
 from datetime import date
 from pathlib import Path
+
+from PIL import Image
 
 from lib.site import RESULTS
 
@@ -28,15 +29,7 @@ LINE = 90  # pixels; lower pictures are a line of words in the place of a figure
 
 
 def of_chapter(notebook: dict, study: str) -> tuple[dict, dict[str, bytes]]:
-    """What an executed chapter holds.
-
-    Returns
-    -------
-    dict
-        The chapter's part of results.json.
-    dict of bytes
-        Its figures by name, PNG files as the chapter drew them.
-    """
+    """An executed chapter's part of results.json, and its figures by name, PNG files as drawn."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     cells = [cell for cell in cells if cell["id"] != "injected-parameters"]
     # Of the code, imports do not count, since modules move without changing.
@@ -49,9 +42,11 @@ def of_chapter(notebook: dict, study: str) -> tuple[dict, dict[str, bytes]]:
             name, caption = figure["name"], figure["caption"]
             alt = about["image"]["alt"] if study == "lab" else f"In {study}: {caption}"
             found["figures"][name] = {"caption": caption, "alt": alt}
-            if (png := picture(cell)) and _size(png)[1] > LINE:
-                pictures[name] = png
-                found["figures"][name]["width"] = _size(png)[0]
+            if png := picture(cell):
+                width, height = Image.open(io.BytesIO(png)).size
+                if height > LINE:
+                    pictures[name] = png
+                    found["figures"][name]["width"] = width
         elif shown := _shown(cell):
             found["outputs"][cell_key(cell)] = shown
         for output in cell["outputs"]:
@@ -110,15 +105,8 @@ def picture(cell: dict) -> bytes | None:
     return next((base64.b64decode(text(png)) for png in data if png), None)
 
 
-def _size(png: bytes) -> tuple[int, int]:
-    """Width and height in pixels, as the header of a PNG file gives them."""
-    return struct.unpack(">II", png[16:24])
-
-
 def small(png: bytes) -> bytes:
     """The same picture in 256 colours, a third of the bytes, or in fewer if it is too large."""
-    from PIL import Image
-
     whole = Image.open(io.BytesIO(png)).convert("RGB")
     for colours in (256, 64, 16):
         buffer = io.BytesIO()
@@ -172,6 +160,8 @@ def executed(*folders: Path) -> dict[str, Path]:
 
 def of_chapters(*folders: Path) -> dict:
     """As :func:`load`, of the lab, whose executed chapters are in some folders."""
-    notebooks = {name: json.loads(path.read_text()) for name, path in executed(*folders).items()}
-    chapters = {name: of_chapter(notebook, "lab")[0] for name, notebook in notebooks.items()}
+    chapters = {
+        name: of_chapter(json.loads(path.read_text(encoding="utf-8")), "lab")[0]
+        for name, path in executed(*folders).items()
+    }
     return {"study": "lab", "chapters": chapters, "cards": {}}

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lib.site import CHAPTERS, DRAFTS, ROOT, RUN, results
+from lib.studies import find_file
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 # What the site needs to colour the code, without the version of Python that happened to run it.
@@ -60,21 +61,14 @@ def execute(
 ) -> list[Path]:  # fmt: skip
     """Run chapters with papermill; the executed notebooks, in the order of the book.
 
-    Parameters
-    ----------
     names : chapters by name (``"01-measuring-similarity"``), number (``"01"``) or path, or all
     parameters : new values for names in the ``parameters`` cell of every chapter that is run
-    out : folder for the executed notebooks, by default that of the last run of the lab
-    source : folder of the source notebooks
+    out, source : folders of the executed notebooks and of those to run
     jobs : chapters that run at the same time; if more than one, each with a single thread
 
-    Raises
-    ------
-    ValueError
-        If a chapter or a parameter does not exist, or a value is of another type. Nothing has
-        run then.
-    ChapterError
-        If a cell fails, or one that draws a figure has none. Nothing in ``out`` has changed then.
+    Nothing has run at a ValueError: a chapter or a parameter does not exist, or a value is of
+    another type. Nothing in ``out`` has changed at a ChapterError: a cell failed, or one that draws
+    a figure has none.
     """
     from tqdm import tqdm
 
@@ -87,7 +81,7 @@ def execute(
         ThreadPoolExecutor(min(jobs, len(chosen))) as pool,
         tqdm(total=len(chosen), unit="chapter", disable=False) as bar,
     ):
-        kernel, kernels = _kernels(Path(scratch), {"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+        kernel, kernels = _kernels(Path(scratch), jobs)
         # The longest chapters are the later ones: left to the end, they would run alone.
         running = {
             pool.submit(_executed, path, parameters, Path(scratch) / path.name, kernel): path.name
@@ -119,15 +113,15 @@ def _written(texts: dict[str, str], out: Path) -> list[Path]:
     return sorted(out / name for name in texts)
 
 
-def _kernels(scratch: Path, more: dict[str, str]):
+def _kernels(scratch: Path, jobs: int):
     """A class of kernel managers with the book's surroundings, and the list of its instances."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (scratch / "matplotlibrc").touch()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(USERS)}
-    surroundings = kept | more | {
+    threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+    surroundings = kept | threads | {
         "IPYTHONDIR": str(scratch / "ipython"),
         "MATPLOTLIBRC": str(scratch / "matplotlibrc"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -139,7 +133,10 @@ def _kernels(scratch: Path, more: dict[str, str]):
     started = []
 
     class Manager(AsyncKernelManager):
-        kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python")
+        kernel_spec = KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            display_name="Python 3", language="python",
+        )  # fmt: skip
 
         def start_kernel(self, **given):
             started.append(self)
@@ -189,16 +186,12 @@ def _checked(parameters: dict, chosen: dict[str, Path]) -> dict:
             has = f"has {', '.join(known)}" if known else "has none"
             raise ValueError(f"chapter {name} has no parameter {', '.join(unknown)}; it {has}")
         for parameter, value in parameters.items():
-            default = known[parameter]
-            if (type(default), type(value)) not in ((type(value), type(default)), (float, int)):
-                raise ValueError(
-                    f"{parameter} of chapter {name} is of the type of {default!r}; {value!r} is not"
-                )
+            kinds = type(known[parameter]), type(value)
+            if kinds[0] is not kinds[1] and kinds != (float, int):
+                about = f"is of the type of {known[parameter]!r}; {value!r} is not"
+                raise ValueError(f"{parameter} of chapter {name} {about}")
     if (study := parameters.get("study", "")).endswith(".toml"):
-        places = [home / Path(study).expanduser() for home in (Path.cwd(), ROOT)]
-        if not (files := [place for place in places if place.is_file()]):
-            raise FileNotFoundError(f"there is no file {study} that would describe a study")
-        parameters["study"] = str(files[0])
+        parameters["study"] = str(find_file(study))
     return parameters
 
 

@@ -104,10 +104,7 @@ STUDIES = {
 
 
 def load_study(name: str):
-    """The study of a name, such as ``"lab"``, or of a TOML file, such as ``"my/networks.toml"``.
-
-    Relative paths of TOML files start in the working directory, or else in the repository.
-    """
+    """The study of a name, such as ``"lab"``, or of a TOML file, such as ``"my/networks.toml"``."""
     if name in STUDIES:
         return STUDIES[name].load(name, STUDIES[name].purpose)
     if not str(name).endswith(".toml"):
@@ -115,7 +112,12 @@ def load_study(name: str):
             f"there is no study {name!r}; there is {', '.join(STUDIES)}, "
             "or give the path of a TOML file of your own"
         )
+    return _of("public", lambda public: public.read(find_file(name)))()
+
+
+def find_file(name: str) -> Path:
+    """The TOML file of a path that starts in the working directory, or else in the repository."""
     for home in (Path.cwd(), Path(__file__).parents[2]):
         if (path := home / Path(name).expanduser()).is_file():
-            return _of("public", lambda public: public.read(path))()
+            return path
     raise FileNotFoundError(f"there is no file {name} that would describe a study")
