@@ -54,14 +54,11 @@ ARGUMENTS = {
         "--weights": dict(action="append", default=[], metavar="[vit=|cnn=]FILE",
                           help="weights from a file; say whose if both networks are named"),
         "--taps": dict(default="all", help="blocks, branches, all (default), or a glob"),
-        "--n-images": dict(type=int, default=1024),
-        "--batch-size": dict(type=int, default=64),
+        "--n-images": dict(type=int, default=1024), "--batch-size": dict(type=int, default=64),
         "--seed": dict(type=int, default=0, help="another seed takes other images"),
         "--device": dict(default="cpu"),
     },
-    "studies": {
-        "study": dict(nargs="*", metavar="STUDY", help="only these (default: all)"),
-    },
+    "studies": {"study": dict(nargs="*", metavar="STUDY", help="only these (default: all)")},
     "train": {
         "roles": dict(nargs="*", metavar="ROLE", help="networks (default: all)"),
         "--study": dict(default="lab"),
@@ -259,9 +256,9 @@ def _study_of(args):
         if args.weights:
             raise ValueError("--weights belongs to --vit or --cnn; a study names its own")
         study = load_study(args.study or "lab")
-        if args.images and not isinstance(study, Public):
-            raise ValueError(f"the study {study.name!r} has images of its own")
         if args.images:
+            if not isinstance(study, Public):
+                raise ValueError(f"the study {study.name!r} has images of its own")
             study.use_folder(args.images)
         return study
     if args.study:
@@ -270,8 +267,9 @@ def _study_of(args):
         raise ValueError("say which pictures the networks are to see: --images FOLDER")
     weights = {}
     for entry in args.weights:
-        who, _, file = entry.rpartition("=") if entry[:4] in ("vit=", "cnn=") else ("", "", entry)
-        role = {"vit": "vit", "cnn": "resnet"}.get(who) or (len(named) == 1 and next(iter(named)))
+        role, file = {"vit=": "vit", "cnn=": "resnet"}.get(entry[:4]), entry[4:]
+        if role is None:
+            role, file = next(iter(named)) if len(named) == 1 else None, entry
         if role not in named:
             raise ValueError(f"say whose weights {file} holds: --weights vit={file} or cnn={file}")
         weights[role] = file
@@ -294,16 +292,17 @@ def studies(args) -> None:
         study = load_study(name)
         print(f"{study.name}: {study.purpose}")
         if isinstance(study, Trained):
-            print(f"  {'role':34} {'architecture':21} {'test accuracy':22} what it is for")
-        else:
-            print(f"  {'role':21} {'checkpoint':41} {'licence':15} {'weights':12} what it is for")
-        for role, what in study.roles.items():
-            if isinstance(study, Trained):
+            line = "  {:34} {:21} {:22} {}"
+            print(line.format("role", "architecture", "test accuracy", "what it is for"))
+            for role, what in study.roles.items():
                 accuracy = _accuracy(study.cards.get(role))
-                print(f"  {role:34} {what.architecture:21} {accuracy:22} {what.purpose}")
-            else:
+                print(line.format(role, what.architecture, accuracy, what.purpose))
+        else:
+            line = "  {:21} {:41} {:15} {:12} {}"
+            print(line.format("role", "checkpoint", "licence", "weights", "what it is for"))
+            for role, what in study.roles.items():
                 here = "here" if study.is_here(role) else "not here yet"
-                print(f"  {role:21} {what.model:41} {what.licence:15} {here:12} {what.purpose}")
+                print(line.format(role, what.model, what.licence, here, what.purpose))
         print("  and each as <role>_untrained: the same network before its training")
 
 
@@ -334,8 +333,8 @@ def train(args) -> None:
     if not waiting:
         print(f"nothing to do: {', '.join(wanted)} are trained, by the recipe they have now")
         return
-    where = folder or study.checkpoints
-    print(f"{len(waiting)} of {len(wanted)} networks to train on {device}, weights into {where}:")
+    count, where = f"{len(waiting)} of {len(wanted)}", folder or study.checkpoints
+    print(f"{count} networks to train on {device}, weights into {where}:")
     for role in waiting:
         recipe = study.role(role).recipe
         card = study.cards.get(role)
