@@ -171,16 +171,16 @@ def measure(
     needs = {need: getattr(images, need) for one in measurements for need in one.needs}
     data = facts["images"], needs, batch_size, groups, torch.device(device).type
     arguments = study, networks, measurements, images, batch_size, device, x
-    compute = functools.partial(_measure, *arguments)
-    keep = records.keeper((networks, x, data, tuple(measurements), measure))
-    record = processes.together(keep, compute)
     facts |= study.facts(list(networks)) if hasattr(study, "facts") else {}
     made_by = {"device": records.device_name(device), "code": records.code_hash("lib.measure")}
-    record.attrs = records.provenance(**made_by, **facts)
-    return record
+    attrs = records.provenance(**made_by, **facts)
+    compute = functools.partial(_measure, *arguments, attrs)
+    keep = records.keeper((networks, x, data, tuple(measurements), measure))
+    # A record of the cache may have been made for another study of the same networks and images.
+    return processes.together(keep, compute).assign_attrs(attrs)
 
 
-def _measure(study, networks, measurements, images, batch_size, device, x):
+def _measure(study, networks, measurements, images, batch_size, device, x, attrs):
     share = processes.share(len(images) // batch_size)
     if share.idle:
         return None
@@ -214,7 +214,8 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
     for axis in {"tap", "other"} & set(record.coords):
         known = set(record[axis].values.tolist())
         record = record.sel({axis: [tap for tap in fired if tap in known]})
-    return _label(record, networks) if "tap" in record.coords else record
+    record = _label(record, networks) if "tap" in record.coords else record
+    return record.assign_attrs(attrs)
 
 
 @contextlib.contextmanager

@@ -78,14 +78,16 @@ def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layou
         values = collect(model, changed, [first, *taps])
     except TapError:  # the network has no such list, or one that cannot be tapped
         first, values = taps[0], collect(model, changed, taps)
-    found, trusted, most = {}, False, 0
+    found, known, most = {}, None, 0
     # What a first block's attention adds, which comes before its output, may answer from anywhere.
     for name, value in ({first: values[first]} | values).items():
         hits = _hits(layout(model), value, centres, (wide / 2 + 1.5) / size)
         best = max(hits, key=hits.get, default=None)
-        if hits and hits[best] >= 3:
-            trusted |= name == first
-        elif hits and trusted and len(best.split(value[:1])[0][0]) <= most:
+        if known in hits and len(known.split(value[:1])[0][0]) <= most:
+            best = known
+        elif hits and hits[best] >= 3:
+            known = best if name == first else known
+        elif hits and known and len(best.split(value[:1])[0][0]) <= most:
             best = next((one for one in reversed(found.values()) if one in hits), best)
         elif name in taps:
             why = "another place than the changed one changes most" if hits else "there is no grid"
