@@ -161,6 +161,30 @@ def test_steps_follow_the_schedule_and_gradients_are_clipped(tmp_path, monkeypat
     assert max(norms) == pytest.approx(0.05, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_muon_steps_the_matrices_inside_blocks_and_adamw_all_else(name):
+    model, start = (networks.build(name, 0) for _ in range(2))
+    recipe = dataclasses.replace(SHORT, optimiser="muon")
+    adamw, muon = recipe.optimisers(model)
+    inside = [key for key, p in model.named_parameters() if "blocks" in key and p.ndim > 1]
+    kept = dict(model.named_parameters())
+    assert all(p is kept[key] for p, key in zip(muon.weights, inside, strict=True))
+    others = {id(p) for key, p in kept.items() if key not in inside}
+    assert {id(p) for p in adamw.param_groups[0]["params"]} == others
+    for parameter in kept.values():
+        parameter.grad = torch.randn(
+            parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+        )
+    muon.step()
+    # Orthogonal steps: the largest singular values of a matrix's change are all alike.
+    key = next(key for key in inside if key.endswith(("qkv.weight", "conv2.weight")))
+    change = (kept[key] - start.get_parameter(key) * (1 - recipe.lr * 0.05)).detach().flatten(1)
+    values = torch.linalg.svdvals(change)
+    assert values[0] / values.median() < 2
+    expected = 0.2 * recipe.lr * max(change.shape) ** 0.5
+    assert values.median() == pytest.approx(expected, rel=0.35)
+
+
 # The schedule and the order -----------------------------------------------------------------------
 
 
