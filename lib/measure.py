@@ -29,8 +29,6 @@ class Measurement(Metric):
         See :func:`lib.taps.tap_names`. Roles that a dictionary lacks are not measured.
     """
 
-    full_state_update = True
-    is_differentiable = False
     groups = 20  # minibatches are dealt to so many; see measure()
     smallest = 1  # images of a minibatch that can be used
     needs: tuple[str, ...] = ()  # of the images, beside their pixels: "labels", "boxes"
