@@ -26,16 +26,11 @@ def receptive_field(
 ) -> xr.Dataset:
     """Effective receptive fields of the central location of some layers.
 
-    Parameters
-    ----------
-    x : Tensor (n, colours, size, size)
-        The images, as the network takes them.
-    channels : int
-        Drawn for each image. A backward pass serves all images of a minibatch at once, and every
-        image has its own channel in it: 64 images and 4 channels are 256 gradients per tap for the
-        price of four backward passes.
-    groups, batch_size : int
-        Of images: kept apart for intervals; whose graph is held in memory at once.
+    ``x`` (n, colours, size, size) are images as the network takes them. Of every image ``channels``
+    are drawn. A backward pass serves all images of a minibatch at once, and every image has its own
+    channel in it: 64 images and 4 channels are 256 gradients per tap for the price of four backward
+    passes. ``groups`` of images are kept apart for intervals; the graph of ``batch_size`` images is
+    held in memory at once.
 
     Returns
     -------
