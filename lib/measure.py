@@ -23,14 +23,10 @@ class Measurement(Metric):
     ``tap``, ``other`` and ``group``, have names that no other measurement uses, so that any set of
     measurements shares one pass.
 
-    Parameters
-    ----------
-    taps : str, list of str, function of the network, or dict of these by role
-        See :func:`lib.taps.tap_names`. Roles that a dictionary lacks are not measured.
+    ``taps`` are as for :func:`lib.taps.tap_names`, or a dictionary of these by role; roles that it
+    lacks are not measured.
     """
 
-    full_state_update = True
-    is_differentiable = False
     groups = 20  # minibatches are dealt to so many; see measure()
     smallest = 1  # images of a minibatch that can be used
     needs: tuple[str, ...] = ()  # of the images, beside their pixels: "labels", "boxes"
@@ -131,10 +127,9 @@ def measure(
 
     Parameters
     ----------
-    roles : sequence of str
-        Which networks; all see the same images in the same order.
-    measurements : sequence of Measurement
-        Any set of them. What their hooks keep lives as long as one minibatch.
+    roles, measurements
+        Any set of either; all see the same images in the same order. What the measurements' hooks
+        keep lives as long as one minibatch.
     n_images, batch_size, seed : int
         A last minibatch may be smaller. Another seed measures on other images.
     groups : int

@@ -69,8 +69,7 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
         axis.set_xlabel(name(right), size="small")
         axis.set_ylabel(name(up), size="small")
         if {up, right} <= set(record["role"].values.tolist()):
-            values = between(record, up, right, blocks=blocks)
-            heat(axis, values)
+            heat(axis, values := between(record, up, right, blocks=blocks))
             _mark_blocks(axis.xaxis, values["other"].values, blocks)
             _mark_blocks(axis.yaxis, values["tap"].values, blocks)
     for axis in axes.flat[len(pairs) :]:

@@ -50,14 +50,11 @@ def joined(device="cpu"):
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The minibatches of this process: ``number in share``.
-
-    ``group`` is of the processes that have minibatches, None if all have some.
-    """
+    """The minibatches of this process: ``number in share``."""
 
     place: int
     of: int
-    group: object = None
+    group: object = None  # of the processes that have minibatches, None if all have some
 
     def __contains__(self, batch: int) -> bool:
         return batch % self.of == self.place
@@ -71,7 +68,7 @@ class Share:
 def share(full_batches: int) -> Share:
     """Deal minibatches, so that every process that has any has a full one.
 
-    Adding up the states of a metric needs all who take part, with the same states. So processes for
+    Adding up a metric's states needs all who take part, with the same states. So processes for
     which no minibatch is left, or only a last one that may be too small to use, take no part.
     """
     of = max(1, min(count(), full_batches))

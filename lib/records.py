@@ -253,11 +253,10 @@ def _parts(value):
 
 def _settings(module: torch.nn.Module) -> dict:
     """What a module computes beside its weights and its parts."""
-    names = [n for n in vars(module) if not n.startswith("_") and n not in NO_SETTINGS]
+    of = vars(module)
+    plain = {n: of[n] for n in of if not n.startswith("_") and n not in NO_SETTINGS}
     # Of the rest, parameters, buffers and modules have places of their own; hooks can do anything.
-    hooks = [vars(module)[kind].values() for kind in HOOKS]
-    plain = {name: vars(module)[name] for name in names}
-    return plain | {"hooks": [hook for one in hooks for hook in one]}
+    return plain | {"hooks": [hook for kind in HOOKS for hook in of[kind].values()]}
 
 
 def _source(thing) -> tuple:

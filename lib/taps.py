@@ -31,13 +31,9 @@ def tapping(
     Call it as ``model(x)`` inside the context. It is in evaluation mode there, and comes out as it
     went in, whatever happens inside. The context's value is what :func:`tap_names` makes of
     ``taps``. Reduce or clone a value on receipt: the model may overwrite it afterwards. With
-    ``graph`` it is still part of the graph, to take gradients of.
-
-    Raises
-    ------
-    TapError
-        If a name matches no module, or a tap does not fire, or fires more than once, in a forward
-        pass, or makes something other than one tensor.
+    ``graph`` it is still part of the graph, to take gradients of. A TapError is raised if a name
+    matches no module, or a tap does not fire, or fires more than once, in a forward pass, or makes
+    something other than one tensor.
     """
     names = tap_names(model, taps)
     modules = dict(model.named_modules())

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor, nn
 
@@ -114,13 +113,11 @@ class AttentionDistance(Measurement):
         return len(kept["keys"])
 
     def make_room(self, reduced, images) -> None:
-        size, self.sides, self.patch_sizes = images.pixels.shape[-1], [], []
-        for place, parts in enumerate(reduced.values()):
-            heads, patches = parts["keys"].shape[1:]
-            self.sides.append(math.isqrt(patches))
-            self.patch_sizes.append(size / self.sides[-1])
-            empty = torch.zeros(self.groups, len(SUMS), heads, dtype=torch.float64)
-            self.add_state(f"sums_{place}", empty, dist_reduce_fx="sum")
+        heads, patches = zip(*(parts["keys"].shape[1:] for parts in reduced.values()), strict=True)
+        self.sides = [math.isqrt(n) for n in patches]
+        self.patch_sizes = [images.pixels.shape[-1] / side for side in self.sides]
+        empty = torch.zeros(self.groups, len(heads), len(SUMS), max(heads), dtype=torch.float64)
+        self.add_state("sums", empty, dist_reduce_fx="sum")
 
     def add(self, group, reduced, images) -> None:
         for place, name in enumerate(self.names):
@@ -132,8 +129,7 @@ class AttentionDistance(Measurement):
             parts["object_area"] = covered.mean(1, keepdim=True).expand(len(keys), keys.shape[1])
             parts["images"] = torch.ones_like(parts["rows"])
             sums = torch.stack([parts[quantity].double().sum(0).cpu() for quantity in SUMS])
-            state = getattr(self, f"sums_{place}")
-            state[group] += sums.to(state.device)
+            self.sums[group, place, :, : keys.shape[1]] += sums.to(self.sums.device)
 
     def results(self) -> xr.Dataset:
         """The heads' distances and what their intervals are made of.
@@ -149,14 +145,10 @@ class AttentionDistance(Measurement):
         of uniform attention, and ``patch_size``, in pixels. ``head_sums`` (group, tap, head_sum,
         head): see :func:`estimate`.
         """
-        states = [getattr(self, f"sums_{place}").cpu() for place in range(len(self.names))]
-        heads = max(state.shape[-1] for state in states)
-        padded = [F.pad(state, (0, heads - state.shape[-1])) for state in states]
-        sums = torch.stack(padded, dim=1).numpy()
-        coords = {"tap": self.names, "head_sum": list(SUMS), "head": np.arange(heads)}
+        coords = {"tap": self.names, "head_sum": list(SUMS), "head": np.arange(self.sums.shape[-1])}
         uniform = map(uniform_distance, self.sides, self.patch_sizes)
         taps = {"uniform": ("tap", list(uniform)), "patch_size": ("tap", self.patch_sizes)}
-        sums = (("group", "tap", "head_sum", "head"), sums)
+        sums = (("group", "tap", "head_sum", "head"), self.sums.cpu().numpy())
         record = xr.Dataset({"head_sums": sums, **taps}, coords)
         found = estimate(record, lambda heads: heads["distance"])
         means = heads_of(record) | {"distance_low": found.low, "distance_high": found.high}
@@ -175,16 +167,11 @@ def heads_of(record: xr.Dataset, sums: np.ndarray | None = None) -> dict[str, np
     images, rows = (np.where(total[n] > 0, total[n], np.nan) for n in ("images", "rows"))
     patch_size, uniform = (record[n].values[:, None] for n in ("patch_size", "uniform"))
     distance = patch_size * total["distance"] / rows
-    return {
-        "distance": distance,
-        "relative": distance / uniform,
-        "unnormalised": patch_size * total["unnormalised"] / images,
-        "common": patch_size * total["common"] / rows,
-        "prefix_mass": total["prefix_mass"] / images,
-        "patches": total["patches"] / rows,
-        "object_mass": total["object_mass"] / rows,
-        "object_area": total["object_area"] / images,
-    }
+    found = {"distance": distance, "relative": distance / uniform}
+    found["unnormalised"] = patch_size * total["unnormalised"] / images
+    found["common"] = patch_size * total["common"] / rows
+    found |= {name: total[name] / images for name in ("prefix_mass", "object_area")}
+    return found | {name: total[name] / rows for name in ("patches", "object_mass")}
 
 
 def estimate(record: xr.Dataset, statistic: Callable[[dict[str, np.ndarray]], float]) -> Estimate:

@@ -90,11 +90,9 @@ class Localisation(Measurement):
     is cut into as many patches.
 
     Of every tap, a hook keeps one Gram matrix per token, in float32, as long as the minibatch
-    lasts: 1 MB for 64 tokens and 64 images. What is kept from then on are tokens x patches numbers
-    per tap and group: 0.7 MB per tap for 64 tokens and 20 groups, however many images there are.
-
-    The control comes along: the same, with every image's tokens set against another image's
-    patches, must be zero.
+    lasts: 1 MB for 64 tokens and 64 images. From then on tokens x patches numbers per tap and group
+    are kept: 0.7 MB per tap for 64 tokens and 20 groups. The control comes along: the same, with
+    every image's tokens set against another image's patches, must be zero.
     """
 
     smallest = SMALLEST_BATCH
@@ -104,7 +102,6 @@ class Localisation(Measurement):
         self.grid = grid
 
     def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
-        """What a hook keeps of an activation: a Gram matrix per token (tokens, n, n)."""
         return token_grams(coarsen(where.split(value)[0], self.grid)).float()
 
     def reducer(self, model, names, x):
@@ -125,9 +122,8 @@ class Localisation(Measurement):
         self.cell_size = images.pixels.shape[-1] // grid
         taps, square = len(grids), (grid**2, grid**2)
         self.room(reduced, cross_hsic=(self.groups, taps, *square), shuffled_hsic=(taps, *square))
-        self.room(
-            reduced, token_hsic=(self.groups, taps, grid**2), patch_hsic=(self.groups, *square)
-        )
+        self.room(reduced, token_hsic=(self.groups, taps, grid**2))
+        self.room(reduced, patch_hsic=(self.groups, *square))
 
     def add(self, group, reduced, images) -> None:
         n, grid = len(images), math.isqrt(self.patch_hsic.shape[-1])
@@ -219,8 +215,7 @@ def expected_distance(maps, patch_size: float = 1.0) -> np.ndarray:
     with :func:`uniform_distance`.
     """
     mass = np.nan_to_num(np.asarray(maps, dtype=float)).clip(min=0)
-    distance = patch_size * _distances(mass.shape[-1])
-    total = mass.sum(-1)
+    distance, total = patch_size * _distances(mass.shape[-1]), mass.sum(-1)
     return np.nanmean((mass * distance).sum(-1) / np.where(total > 0, total, np.nan), axis=-1)
 
 

@@ -69,16 +69,12 @@ def compare(skip: Tensor, branch: Tensor, prefix=0, class_token=False, projected
 class NormRatio(Measurement):
     """How long the skip z of every sub-layer is beside what its branch f(z) adds, and their angle.
 
-    Measures, for the class token and for patches (or locations) apart:
+    For the class token and for patches (or locations) apart: the ratio ‖z‖ / ‖f(z)‖ of the paper's
+    Fig. 7, as the mean of the tokens' ratios and, because a few short f(z) make a mean long, as
+    their median; the cosine of z with z + f(z), appendix E.2, and of z with f(z); mean norms.
 
-    - the ratio ‖z‖ / ‖f(z)‖ of the paper's Fig. 7, as the mean of the tokens' ratios and, because
-      a few short f(z) make a mean long, as their median;
-    - the cosine of z with z + f(z), appendix E.2, and the cosine of z with f(z);
-    - the mean norms of z and f(z).
-
-    The median is read from a histogram of the ratios, the one thing about a median that adds up
-    over minibatches and processes without keeping every ratio. It has 16 bins to an octave, from
-    1/256 to 4096, and the median is interpolated within its bin; for a median outside, it is 0 or
+    The median is read from a histogram of the ratios, which adds up over minibatches and processes.
+    It is interpolated within its bin, 16 to an octave, from 1/256 to 4096; outside it is 0 or
     infinite.
     """
 
@@ -200,7 +196,6 @@ def _mean(sums: np.ndarray) -> np.ndarray:
 
 # Curves over depth --------------------------------------------------------------------------------
 
-
 KINDS = dict.fromkeys(("attn", "ls1", "mlp_tokens"), "attention")
 KINDS |= dict.fromkeys(("mlp", "ls2", "mlp_channels"), "mlp")
 
@@ -224,9 +219,7 @@ class Curves:
         self._values = record["residual"].values
         self._quantities = record["quantity"].values.tolist()
 
-    def __call__(
-        self, role: str, sublayer: str = "all", token: str = "patch", quantity: str = "ratio"
-    ) -> np.ndarray:
+    def __call__(self, role: str, sublayer="all", token="patch", quantity="ratio") -> np.ndarray:
         """One value per sub-layer, (depth,)."""
         which = TOKENS.index(token), self._quantities.index(quantity)
         return self._values[self._where(role, sublayer), *which]

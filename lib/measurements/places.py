@@ -60,12 +60,9 @@ def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layou
 
     ``x`` (1, channels, size, size) is an image as the network takes it.
 
-    Raises
-    ------
-    TapError
-        If the cell that changes most is not where the image was changed: then the network keeps
-        its tokens in another order than that of their places. Deep layers may answer to a change
-        anywhere, so behind a first block that passed the test the layout may stay as it was.
+    A TapError is raised if the cell that changes most is not where the image was changed: then the
+    network keeps its tokens in another order than that of their places. Deep layers may answer to a
+    change anywhere, so behind a first block that passed the test the layout may stay as it was.
     """
     size, changed = x.shape[-1], x.repeat(1 + len(CORNERS), 1, 1, 1)
     wide, starts = max(1, size // 8), [[k * size // 8 for k in corner] for corner in CORNERS]

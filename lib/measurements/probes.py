@@ -23,6 +23,11 @@ from lib.measurements.places import Layout, layouts
 PENALTIES = tuple(8.0**power for power in range(7))
 READOUTS = ("class token", "mean of patches", "mean of all", "first patch")
 ARRANGEMENTS = ("patches side by side", "mean of patches")
+# fmt: off
+AXES = {"right": ("tap", "draw", "readout", "image"), "token_right": ("tap", "draw", "image"),
+        "token_accuracy": ("tap", "draw", "probe_cell"), "penalty": ("tap", "draw", "probe"),
+        "centre": ("tap", "arrangement", "image", "axis")}
+# fmt: on
 
 
 class Part(NamedTuple):
@@ -121,18 +126,13 @@ class Probes(Measurement):
     probes for the class, and the next draw's images choose their penalty. Probes for the place are
     fitted on all draws but the last, which chooses theirs. All other images test all probes.
 
-    Parameters
-    ----------
-    grid : int, optional
-        Finer grids are averaged down to ``grid`` x ``grid`` tokens.
-    width : int, optional
-        Where a finer grid has fewer channels than this, neighbouring locations are first laid side
-        by side as channels, as far as they fit, and only then averaged: the paper's device for the
-        early stages of ResNets.
-    budget : int
-        Bytes of features that may be kept. This is the only measurement that keeps any: in
-        float32, of all tokens, until the probes are fitted. 2048 images of 64 tokens of width 96
-        are 50 MB per tap. So measure one network at a time.
+    Finer grids are averaged down to ``grid`` x ``grid`` tokens. Where a finer grid has fewer
+    channels than ``width``, neighbouring locations are first laid side by side as channels, as far
+    as they fit: the paper's device for the early stages of ResNets.
+
+    Features are kept until the probes are fitted, in float32, of all tokens, and may not need more
+    than ``budget`` bytes. 2048 images of 64 tokens of width 96 are 50 MB per tap. So measure one
+    network at a time.
     """
 
     needs = ("labels", "boxes")
@@ -217,14 +217,7 @@ class Probes(Measurement):
                 warnings.warn(f"features of {name} are not finite: not probed", stacklevel=2)
             objects = _find_objects(features, centres, draws, test)
             per_tap.append({**_probe_classes(features, labels, draws, test), "centre": objects})
-        axes = {
-            "right": ("draw", "readout", "image"),
-            "token_right": ("draw", "image"),
-            "token_accuracy": ("draw", "probe_cell"),
-            "penalty": ("draw", "probe"),
-            "centre": ("arrangement", "image", "axis"),
-        }
-        arrays = {k: (("tap", *v), np.stack([one[k] for one in per_tap])) for k, v in axes.items()}
+        arrays = {k: (dims, np.stack([one[k] for one in per_tap])) for k, dims in AXES.items()}
         arrays["true_centre"] = (("image", "axis"), centres[test].numpy())
         coords = {"tap": self.names, "readout": list(READOUTS), "arrangement": list(ARRANGEMENTS)}
         coords |= {"probe": [*READOUTS, "single tokens"], "axis": ["x", "y"]}
@@ -247,7 +240,7 @@ def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
     targets = signs(labels, int(labels.max()) + 1)
     # In the order of READOUTS, and all single tokens.
     inputs = [features[0], features[2:].mean(0), features[1], features[2], features[2:]]
-    found = {"right": [], "token_right": [], "token_accuracy": [], "penalty": []}
+    found = {name: [] for name in AXES if name != "centre"}
     for fitted, held_out in zip(draws, [*draws[1:], draws[0]], strict=True):
         hits, chosen = [], []
         for x in inputs:

@@ -5,14 +5,14 @@ averaged over channels, colours and images (Luo et al., 2016). The gradient of t
 channels would be something else: channels of opposite sign cancel in it.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
 from lib import records
 from lib.intervals import Estimate, jackknife
@@ -20,23 +20,17 @@ from lib.measurements.places import layouts
 from lib.taps import tap_names, tapping
 
 
+@torch.enable_grad()
 def receptive_field(
     model, x: Tensor, taps="blocks", channels=4, groups=16, seed=0, batch_size=32, device="cpu"
 ) -> xr.Dataset:
     """Effective receptive fields of the central location of some layers.
 
-    Parameters
-    ----------
-    x : Tensor (n, colours, size, size)
-        The images, as the network takes them.
-    channels : int
-        Channels drawn for each image. A backward pass serves all images of a minibatch at once,
-        and every image has its own channel in it: 64 images and 4 channels are 256 gradients per
-        tap for the price of four backward passes.
-    groups : int
-        Images are dealt to this many groups, which are kept apart for intervals.
-    seed, batch_size : int
-        Of the draw of channels; images whose graph is held in memory at once.
+    ``x`` (n, colours, size, size) are images as the network takes them. Of every image ``channels``
+    are drawn. A backward pass serves all images of a minibatch at once, and every image has its own
+    channel in it: 64 images and 4 channels are 256 gradients per tap for the price of four backward
+    passes. ``groups`` of images are kept apart for intervals; the graph of ``batch_size`` images is
+    held in memory at once.
 
     Returns
     -------
@@ -53,22 +47,21 @@ def receptive_field(
     groups, fields = min(groups, len(x)), {}
     model, x = model.to(device), x.to(device)
     where = layouts(model, tap_names(model, taps), x[:1])
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}  # no gradients
     for first in range(0, len(x), batch_size):
         part = x[first : first + batch_size].detach().clone().requires_grad_()
-        with _frozen(model), torch.enable_grad():
-            cells: dict[str, Tensor] = {}
+        cells: dict[str, Tensor] = {}
 
-            def receive(name, value, cells=cells):
-                # A clone, as the model may go on to change the value in place.
-                cells[name] = where[name].split(value.clone())[0]
+        def receive(name, value, cells=cells):
+            # A clone, as the model may go on to change the value in place.
+            cells[name] = where[name].split(value.clone())[0]
 
-            with tapping(model, taps, receive, graph=True):
-                model(part)
-            for name, value in cells.items():
-                if name not in fields:
-                    fields[name] = _Field(name, value, x.shape[-1], groups, seed)
-                fields[name].add(value, part, first, channels)
-
+        with tapping(model, taps, receive, graph=True):
+            functional_call(model, weights, (part,))
+        for name, value in cells.items():
+            if name not in fields:
+                fields[name] = _Field(name, value, x.shape[-1], groups, seed)
+            fields[name].add(value, part, first, channels)
     sums = _in_one_frame([field.sums.numpy() for field in fields.values()])
     variables = {"field": (("group", "tap", "y", "x"), np.stack(sums, axis=1))}
     for name in ("centre", "cell"):
@@ -118,18 +111,6 @@ class _Field:
                 height, width = field.shape[1:]
                 group = self.sums[(first + one) % len(self.sums)]
                 group[y : y + height, x0 : x0 + width] += field[one]
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module):
-    """Take no gradients with respect to weights as long as this lasts."""
-    before = [(weight, weight.requires_grad) for weight in model.parameters()]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for weight, required in before:
-            weight.requires_grad_(required)
 
 
 def measure_receptive_fields(

@@ -48,19 +48,12 @@ def sublayers(model: nn.Module) -> list[SubLayer]:
         if getattr(block, "skipless", False):
             continue
         if kind is Block:
-            attention, mlp = (
-                scale if not isinstance(getattr(block, scale), nn.Identity) else branch
-                for branch, scale in (("attn", "ls1"), ("mlp", "ls2"))
-            )
-            found += [
-                SubLayer(f"{name}.norm1{INPUT}", f"{name}.{attention}"),
-                SubLayer(f"{name}.norm2{INPUT}", f"{name}.{mlp}"),
-            ]
+            for norm, branch, scale in (("norm1", "attn", "ls1"), ("norm2", "mlp", "ls2")):
+                last = scale if not isinstance(getattr(block, scale), nn.Identity) else branch
+                found.append(SubLayer(f"{name}.{norm}{INPUT}", f"{name}.{last}"))
         elif kind is MixerBlock:
-            found += [
-                SubLayer(f"{name}.norm1{INPUT}", f"{name}.mlp_tokens", transposed=True),
-                SubLayer(f"{name}.norm2{INPUT}", f"{name}.mlp_channels"),
-            ]
+            found.append(SubLayer(f"{name}.norm1{INPUT}", f"{name}.mlp_tokens", transposed=True))
+            found.append(SubLayer(f"{name}.norm2{INPUT}", f"{name}.mlp_channels"))
         elif kind in (BasicBlock, Bottleneck, PreActBasic, PreActBottleneck):
             last = {BasicBlock: "bn2", Bottleneck: "bn3", PreActBasic: "conv2"}.get(kind, "conv3")
             last = "se" if getattr(block, "se", None) is not None else last
