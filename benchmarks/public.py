@@ -48,7 +48,8 @@ def parse():
 
 def models() -> list[str]:
     """The checkpoints of the public studies, as timm names them: one of each architecture."""
-    studies = [study for study in map(load_study, STUDIES) if isinstance(study, Public)]
+    names = [name for name, entry in STUDIES.items() if entry.load]
+    studies = [study for study in map(load_study, names) if isinstance(study, Public)]
     known = sorted((role.model for study in studies for role in study.roles.values()), reverse=True)
     return sorted({model.partition(".")[0]: model for model in known}.values())
 

@@ -29,16 +29,9 @@ def use_style(study=None) -> None:
     """Set the book's style for all figures of a chapter, which show roles of a study."""
     global _study
     _study = study
-    rc = {
-        "figure.dpi": 90,
-        "savefig.dpi": 90,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "legend.frameon": False,
-        "font.size": 10,
-    }
+    rc = {"figure.dpi": 90, "savefig.dpi": 90, "figure.constrained_layout.use": True}
+    rc |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium"}
+    rc |= {"legend.frameon": False, "font.size": 10}
     sns.set_theme("notebook", style="ticks", palette=PALETTE, rc=rc)
 
 
@@ -65,15 +58,8 @@ def colour(role: str):
 def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, columns: int = 3):
     """CKA maps of pairs of roles, layers from input (lower left) to output, all on one scale.
 
-    Parameters
-    ----------
-    record : xarray.Dataset
-        With the variable ``cka``, from :func:`lib.measure.measure`.
-    pairs : tuples of two roles
-        One panel each: the first role's layers upwards, the second's to the right. Blank if the
-        record lacks one of them.
-    blocks : bool
-        Show the outputs of blocks only, instead of every tap.
+    A panel for each pair: the first role's layers upwards, the second's to the right. Blank if the
+    record lacks one of them. With ``blocks``, of the outputs of blocks only.
     """
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
@@ -102,10 +88,7 @@ def heat(axis, values) -> None:
 
 
 def show() -> None:
-    """Show a figure, with words in the panels in which there was nothing to draw.
-
-    So chapters can draw what NaN stands for, and what the study lacks, as anything else.
-    """
+    """Show a figure, with words in the panels in which there was nothing to draw."""
     axes = [a for a in plt.gcf().axes if a.axison and a.get_label() != "<colorbar>"]
     blank = [axis for axis in axes if not np.isfinite(axis.dataLim.get_points()).all()]
     for axis in blank:

@@ -39,25 +39,20 @@ def joined(device="cpu"):
     try:
         yield device
     except RuntimeError as error:
-        if not _is_about_others(error):
+        # It may say no more than that another process is gone.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise RuntimeError(
-            "another process of this run has failed, see what it says; no record was written"
-        ) from error
+        why = "another process of this run has failed, see what it says; no record was written"
+        raise RuntimeError(why) from error
     finally:
         dist.destroy_process_group()
-
-
-def _is_about_others(error: RuntimeError) -> bool:
-    """Whether an error says no more than that another process is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
     """The minibatches of this process: ``number in share``.
 
-    group : the processes that have minibatches, None if all have some
+    ``group`` is of the processes that have minibatches, None if all have some.
     """
 
     place: int
@@ -92,23 +87,15 @@ def together(keep: Callable, compute: Callable):
     if count() == 1:
         return keep(compute)
     if rank() == 0:
-
-        def everywhere():
-            _tell("compute")
-            return compute()
-
-        result = keep(everywhere)
-        _tell("result", result)
-        return result
-    while True:
-        what, result = _tell()
-        if what == "result":
-            return result
+        result = keep(lambda: _tell("compute") and compute())
+        return _tell("result", result)[1]
+    while (told := _tell())[0] == "compute":
         compute()
+    return told[1]
 
 
 def _tell(*message):
-    """Process 0 tells the others something."""
+    """Process 0 tells the others something; what it told, in all."""
     box = [message]
     dist.broadcast_object_list(box, src=0)
-    return (*box[0], None)[:2]
+    return box[0]

@@ -115,9 +115,9 @@ def test_roles_are_the_chapters():
 def test_what_is_measured_follows_the_parameters_of_the_chapters_run(monkeypatch):
     calls = []
     monkeypatch.setattr("lib.measure.measure", lambda *given, **named: calls.append((given, named)))
-    explorer.measured(study="tiny-imagenet-small", n_images=96)
+    explorer.measured(study="photographs", n_images=96)
     ((study, roles, _), named) = calls[0]
-    assert study.name == "tiny-imagenet-small"
+    assert study.name == "photographs"
     assert roles == claims.networks(study, *explorer.ARMS)
     assert named == {"n_images": 96, "batch_size": 64, "seed": 0, "device": "cpu"}
 

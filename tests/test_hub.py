@@ -24,7 +24,7 @@ from PIL import Image
 from lib.__main__ import main
 from lib.records import ROOT, weights_hash
 from lib.studies import hub
-from lib.studies.public import Public, PublicRole
+from lib.studies.public import Public, PublicRole, Source
 
 NAME = "test_vit.r160_in1k"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -189,7 +189,7 @@ def test_a_network_that_somebody_else_put_on_the_hub(server, network, content):
     server.files = {f"{at}/config.json": json.dumps(config).encode()}
     server.files[f"{at}/model.safetensors"] = content
     assert weights_hash(hub.pretrained(name, size=160)) == weights_hash(network)
-    study = Public("mine", {"vit": PublicRole(name)}, {"folder": "."})
+    study = Public("mine", {"vit": PublicRole(name)}, Source(folder="."))
     white = study.to_input(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), "vit")
     torch.testing.assert_close(white[0, :, 0, 0], torch.tensor([1.8, 1.6, 1.4]))
 
@@ -198,14 +198,14 @@ def test_a_network_that_somebody_else_put_on_the_hub(server, network, content):
 
 
 FAULTS = {
-    "not there": ("has no weights of", ("(404)", "HF_ENDPOINT", "file of weights")),
+    "not there": ("has no weights of that name", ("(404)", "HF_ENDPOINT", "file of weights")),
     "down": ("does not answer", ("HF_ENDPOINT", "HF_HOME", "file of weights")),
     "refused": ("does not answer", ("HF_ENDPOINT", "HF_HOME", "file of weights")),
     "offline": ("HF_HUB_OFFLINE forbids", ("unset it", "HF_HOME", "file of weights")),
     "gated": ("only to those who have accepted", ("HF_TOKEN", "file of weights")),
-    "bad token": (r"refuses to give .* \(401\)", ("HF_TOKEN", "unset it", "file of weights")),
-    "forbidden": (r"refuses to give .* \(403\)", ("HF_TOKEN", "file of weights")),
-    "too many": (r"refuses to give .* \(429\)", ("wait", "HF_TOKEN", "file of weights")),
+    "bad token": (r"refuses to give it \(401\)", ("HF_TOKEN", "unset it", "file of weights")),
+    "forbidden": (r"refuses to give it \(403\)", ("HF_TOKEN", "file of weights")),
+    "too many": (r"refuses to give it \(429\)", ("wait", "HF_TOKEN", "file of weights")),
     "login page": ("answers as no hub does", ("login page", "HF_ENDPOINT", "file of weights")),
     "other bytes": ("are damaged: their SHA-256", ("were removed", "HF_ENDPOINT")),
     "shorter": ("broke off", ("nothing was kept", "HF_ENDPOINT", "file of weights")),
@@ -272,7 +272,7 @@ def test_weights_that_rotted_on_the_disk_are_noticed(server):
     ("name", "says"),
     [
         ("vit_bass_patch16_224", "no network 'vit_bass_patch16_224' .is it 'vit_base_patch16_224'"),
-        ("test_vit.r161_in1k", "no checkpoint 'test_vit.r161_in1k'; of this network it has r160"),
+        ("test_vit.r161_in1k", "no network 'test_vit.r161_in1k' .is it 'test_vit.r160_in1k'"),
         ("", "no network ''"),
     ],
 )
@@ -379,7 +379,7 @@ def test_trouble_on_the_command_line(server, tmp_path, pictures, capsys):
     server.fault = "gated"
     assert main(ARGUMENTS) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith(f"{server.address} gives the weights of {NAME} only to")
+    assert line.startswith(f"{NAME} could not be downloaded ({server.address} gives it only to")
     assert not list(tmp_path.rglob("*.nc*"))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lib.studies import networks
-from lib.studies.networks import blocks_without_skips, without_skips
+from lib.studies.networks import without_skips
 from lib.taps import collect
 
 # The architectures of the lab that miss a skip: (the intact one, the block that lost it)
@@ -94,11 +94,13 @@ def test_what_is_left_is_trained_through_the_cut():
 @pytest.mark.parametrize("name", CUTS)
 def test_the_labs_networks_miss_the_skips_that_their_names_say(name):
     intact, place = CUTS[name]
-    model, twin = networks.build(name, 3), networks.build(intact, 3)
-    assert blocks_without_skips(model) == [place]
-    assert blocks_without_skips(twin) == []
-    assert blocks_without_skips(without_skips(model, place - 1)) == [place - 1, place]
-    states = model.state_dict(), twin.state_dict()
+    assert (networks.family(name), networks.cut(name)) == (intact, place)
+    assert (networks.family(intact), networks.cut(intact)) == (intact, None)
+    model, whole = networks.build(name, 3), networks.build(intact, 3)
+    for network, places in ((model, [place]), (whole, [])):
+        skipless = [hasattr(block, "skipless") for block in blocks(network)]
+        assert [number for number, found in enumerate(skipless) if found] == places
+    states = model.state_dict(), whole.state_dict()
     assert all(torch.equal(states[0][key], value) for key, value in states[1].items())
 
 
@@ -115,20 +117,21 @@ def test_mistakes_are_refused_in_one_sentence():
             without_skips(resnet, unit)
 
 
-# Work ---------------------------------------------------------------------------------------------
+# Size ---------------------------------------------------------------------------------------------
 
 
-def test_work_is_counted_until_a_layer_is_done():
+def test_multiply_adds_are_those_of_the_layers():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
-    done = networks.work_until(model, ["0", "1", "2"], size=4)
-    assert done == pytest.approx({"0": 12 / 44, "1": 12 / 44, "2": 1})
-    assert not model[0]._forward_hooks
     assert networks.multiply_adds(model, size=4) == 16 * 44
 
 
-def test_half_of_a_vits_blocks_are_half_of_its_work():
-    model = networks.build("vit", 0)
-    done = list(networks.work_until(model, [f"blocks.{block}" for block in range(8)]).values())
-    assert done == sorted(done)
-    assert done[3] == pytest.approx(0.5, abs=0.01)
-    assert done[-1] == pytest.approx(1, abs=0.001)
+@pytest.mark.parametrize("side", [32, 64])
+def test_networks_end_in_the_same_grid_whatever_the_size_of_images(side):
+    size = networks.Size(side, 200)
+    vit, resnet = (networks.build(name, 0, size) for name in ("vit", "resnet"))
+    assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (96, 8, 6)
+    assert vit.patch_embed.patch_size == (side // 8, side // 8)
+    assert resnet.stem.conv.stride == (side // 32, side // 32)
+    x = torch.zeros(1, 3, side, side)
+    assert resnet.forward_features(x).shape[2:] == (8, 8)
+    assert vit(x).shape == resnet(x).shape == (1, 200)

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from lib import records
 from lib.cka import MinibatchCKA
 from lib.measure import measure
-from lib.studies import load_study, networks, photographs, pictures, recipes, study, training
+from lib.studies import lab, load_study, networks, photographs, pictures, recipes, study, training
 from lib.studies.photographs import Photographs
 from lib.studies.recipes import CroppingRecipe, Recipe, crop
 
@@ -120,32 +119,30 @@ def test_both_layouts_give_the_same_images_in_the_same_order(published, unpacked
     assert [p.stem for p in one.paths] == [p.stem for p in other.paths]
     assert (one.labels, one.classes) == (other.labels, other.classes)
     assert torch.equal(one.boxes, other.boxes)
-    assert torch.equal(*(photographs.read(split, 32, tmp_path).pixels for split in (one, other)))
+    assert torch.equal(*(photographs.read(split, tmp_path).pixels for split in (one, other)))
 
 
-def test_pixels_are_those_of_the_files_and_boxes_are_scaled_with_them(published, tmp_path):
+def test_pixels_are_those_of_the_files(published, tmp_path):
     split = photographs.read_split(photographs.find(published), "train")
-    whole, half = (photographs.read(split, side, tmp_path) for side in (64, 32))
+    images = photographs.read(split, tmp_path)
+    assert images.pixels.shape == (3 * EACH, 3, 64, 64)
     for place in (0, 5, 20):
         with Image.open(split.paths[place]) as image:
             expected = np.asarray(image.convert("RGB"))
-        assert np.array_equal(whole.pixels[place].permute(1, 2, 0), expected)
-    assert half.pixels.shape == (3 * EACH, 3, 32, 32)
-    means = torch.nn.functional.avg_pool2d(whole.pixels.float(), 2)
-    assert (half.pixels.float() - means).abs().mean() < 3
-    assert torch.equal(half.boxes, whole.boxes / 2)
-    assert whole.labels.tolist() == split.labels
+        assert np.array_equal(images.pixels[place].permute(1, 2, 0), expected)
+    assert torch.equal(images.boxes, split.boxes)
+    assert images.labels.tolist() == split.labels
 
 
 def test_pixels_are_decoded_once_and_kept_in_one_file(published, tmp_path, monkeypatch):
     split = photographs.read_split(photographs.find(published), "val")
-    first = photographs.read(split, 32, tmp_path)
+    first = photographs.read(split, tmp_path)
     (kept,) = tmp_path.iterdir()
     assert np.load(kept).dtype == np.uint8
     monkeypatch.setattr(photographs, "_decode", None)
-    assert torch.equal(photographs.read(split, 32, tmp_path).pixels, first.pixels)
+    assert torch.equal(photographs.read(split, tmp_path).pixels, first.pixels)
     with pytest.raises(TypeError):  # another selection is another file
-        photographs.read(split[[0, 1]], 32, tmp_path)
+        photographs.read(dataclasses.replace(split, paths=split.paths[:2]), tmp_path)
 
 
 def test_a_damaged_picture_is_one_sentence(published, tmp_path):
@@ -153,7 +150,7 @@ def test_a_damaged_picture_is_one_sentence(published, tmp_path):
     (tmp_path / "0.JPEG").write_bytes(split.paths[0].read_bytes()[:-200])
     broken = dataclasses.replace(split, paths=[tmp_path / "0.JPEG", *split.paths[1:]])
     with pytest.raises(ValueError, match=r"0\.JPEG cannot be read \(truncated\): unpack") as error:
-        photographs.read(broken, 32, tmp_path)
+        photographs.read(broken, tmp_path)
     one_sentence(error)
 
 
@@ -362,18 +359,20 @@ def test_cutmix_is_drawn_by_seed_and_step_alone_and_leaves_crops_as_they_are():
 # The study ----------------------------------------------------------------------------------------
 
 
-SMALL = {"size": networks.Size(classes=3, width=16, depth=2, heads=2), "of_each_class": 12}
 RECIPE = CroppingRecipe(images=60, distinct=30, batch_size=3, warmup_steps=2)
 
 
 @pytest.fixture
 def small(unpacked, monkeypatch, tmp_path):
-    """The small study on three classes, with a ViT that trains in a second."""
+    """The study on three classes, with a training of a second."""
     monkeypatch.setenv("VIT_SEE_DATA", str(unpacked))
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(study, "WEIGHTS", tmp_path / "weights")
-    roles = photographs.first_roles(RECIPE, 2)
-    return Photographs("tiny-imagenet-small", "", roles, trained_on=10, **SMALL)
+    monkeypatch.setattr(photographs, "OF_EACH_CLASS", 12)
+    monkeypatch.setattr(photographs, "TRAINED_ON", 10)
+    monkeypatch.setattr(Photographs, "size", networks.Size(64, 3))
+    roles = {**study.arm("vit", RECIPE, ""), **lab.less_data("vit", RECIPE, [10])}
+    return Photographs("photographs", roles)
 
 
 def test_less_data_is_a_part_of_more_and_no_image_is_in_two_sets(small):
@@ -392,11 +391,10 @@ def test_less_data_is_a_part_of_more_and_no_image_is_in_two_sets(small):
     assert sets["vit"][:3] == sets["vit_data_10"]
 
 
-def test_a_study_that_misses_pictures_says_so(small):
-    small.of_each_class = 13
-    with pytest.raises(
-        ValueError, match=r"13 pictures of every class are needed and .* has 12"
-    ) as e:
+def test_a_study_that_misses_pictures_says_so(small, monkeypatch):
+    monkeypatch.setattr(photographs, "OF_EACH_CLASS", 13)
+    told = "has 36 training pictures and should have 13 of each of 3 classes"
+    with pytest.raises(ValueError, match=told) as e:
         small.training_data(small.role("vit"), "cpu")
     one_sentence(e)
     with pytest.raises(ValueError, match="has 15 test images and 16 were asked for"):
@@ -405,11 +403,11 @@ def test_a_study_that_misses_pictures_says_so(small):
 
 def test_images_are_of_the_validation_set_with_labels_and_boxes(small):
     images = small.images(6)
-    assert images.pixels.shape == (6, 3, 32, 32)
+    assert images.pixels.shape == (6, 3, 64, 64)
     assert images.labels.bincount().tolist() == [2, 2, 2]
     assert small.classes == ["class 1", "class 2", "class 3"]
     places = pictures.order(small.test, 0)[:6]
-    assert torch.equal(images.boxes, small.test.boxes[places] / 2)
+    assert torch.equal(images.boxes, small.test.boxes[places])
     assert torch.equal(small.images(9).pixels[:6], images.pixels)
     assert not torch.equal(small.images(6, seed=1).pixels, images.pixels)
     expected = (images.pixels[:, 0] / 255 - 0.480) / 0.277
@@ -418,13 +416,13 @@ def test_images_are_of_the_validation_set_with_labels_and_boxes(small):
 
 def test_training_can_be_interrupted_and_ends_in_a_card_that_is_true(small, tmp_path, monkeypatch):
     card = small.train("vit", tmp_path / "runs")
-    kept = tmp_path / "weights" / "tiny-imagenet-small"
+    kept = tmp_path / "weights" / "photographs"
     assert sorted(p.name for p in kept.iterdir()) == ["vit.json", "vit.safetensors"]
     assert small.is_trained("vit")
     assert small.cards["vit"]["accuracy"] == card["accuracy"]
     assert card["recipe"]["area"] == RECIPE.area
     assert card["recipe"]["pad"] == RECIPE.pad
-    assert (card["study"], card["test_images"]) == ("tiny-imagenet-small", 15)
+    assert (card["study"], card["test_images"]) == ("photographs", 15)
     assert card["weights"] == records.weights_hash(small.model("vit"))
     test = small.images(15)
 
@@ -458,7 +456,7 @@ def test_networks_see_the_studys_inputs_and_the_recipes_crops(small, tmp_path):
 
     data, curve, _ = small.training_data(small.role("vit"), "cpu")
     training.train(
-        Spy(3 * 32 * 32, 3), RECIPE, data, (curve.pixels, curve.labels), tmp_path,
+        Spy(3 * 64 * 64, 3), RECIPE, data, (curve.pixels, curve.labels), tmp_path,
         stop_after=1, to_input=lambda pixels: small.to_input(pixels, "vit"),
     )  # fmt: skip
     pixels, _ = data[training._order(RECIPE, 0)]
@@ -469,26 +467,25 @@ def test_networks_see_the_studys_inputs_and_the_recipes_crops(small, tmp_path):
 
 def test_the_study_is_measured_like_the_lab(small):
     record = measure(small, ["vit_untrained"], [MinibatchCKA("blocks")], 10, 5)
-    assert record.sizes["tap"] == 2
+    assert record.sizes["tap"] == 8
     assert np.isfinite(record["cka"].values).all()
-    assert record.attrs["pictures"] == "validation set of Tiny-ImageNet-200, 32 pixels"
-    assert record.attrs["study"] == "tiny-imagenet-small"
+    assert record.attrs["pictures"] == "validation set of Tiny-ImageNet-200, 64 pixels"
+    assert record.attrs["study"] == "photographs"
 
 
 def test_missing_weights_name_the_study(small):
-    with pytest.raises(FileNotFoundError, match="lib train --study tiny-imagenet-small vit") as e:
+    with pytest.raises(FileNotFoundError, match="lib train --study photographs vit") as e:
         small.model("vit")
     one_sentence(e)
 
 
-@pytest.mark.parametrize("name", ["photographs", "tiny-imagenet", "tiny-imagenet-small"])
-def test_recipes_fit_the_data(name):
-    chosen = load_study(name)
+def test_recipes_fit_the_data():
+    chosen = load_study("photographs")
     for role in chosen.roles.values():
         assert role.recipe.images % role.recipe.batch_size == 0
         assert role.recipe.distinct % role.recipe.batch_size == 0
         assert role.recipe.distinct % 200 in (0, 80, 120)  # classes take turns: even, or nearly
-        assert role.recipe.distinct == round(role.share * chosen.trained_on * 200)
+        assert role.recipe.distinct == round(role.share * photographs.TRAINED_ON * 200)
     assert chosen.role("vit_data_10").share == 0.1
     again = dataclasses.replace(chosen.find("vit", 1).recipe, seed=0)
     assert again == chosen.roles["vit"].recipe == chosen.roles["resnet"].recipe
@@ -517,30 +514,7 @@ def test_the_second_editions_photographs():
     plain = chosen.role("vit").recipe
     for name, change in (("vit_muon", {"optimiser": "muon"}), ("vit_cutmix", {"cutmix": True})):
         assert chosen.role(name).recipe == dataclasses.replace(plain, **change)
-    vit, resnet = (chosen.model(f"{name}_untrained") for name in ("vit", "resnet"))
-    assert (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads) == (96, 8, 6)
-    assert vit.patch_embed.patch_size == (8, 8)
-    assert resnet.stem.conv.stride == (2, 2)
-    x = torch.zeros(1, 3, 64, 64)
-    assert resnet.forward_features(x).shape[2:] == (8, 8)
-    assert vit(x).shape == resnet(x).shape == (1, 200)
-
-
-def test_the_large_networks_are_matched_in_cost_and_end_in_the_same_grid():
-    size = load_study("tiny-imagenet").size
-    with torch.device("meta"):
-        vit, resnet = (networks.ARCHITECTURES[name](size) for name in ("vit", "resnet"))
-    assert sum(p.numel() for p in vit.parameters()) == pytest.approx(1e7, rel=0.05)
-    shapes = {}
-    resnet.stages.register_forward_hook(lambda *given: shapes.update(resnet=given[2].shape))
-    costs = []
-    for model in (vit, resnet):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            assert model(torch.zeros(1, 3, 64, 64, device="meta")).shape == (1, 200)
-        costs.append(counter.get_total_flops())
-    assert shapes["resnet"][2:] == (8, 8)
-    assert vit.patch_embed.num_patches == 64
-    assert costs[1] / costs[0] == pytest.approx(1, abs=0.15)  # the lab's: 1.09
+    assert chosen.size == networks.Size(image=64, classes=200)
 
 
 # The real pictures --------------------------------------------------------------------------------
@@ -560,9 +534,9 @@ def test_the_real_validation_set(tmp_path):
     split = photographs.read_split(root, "val")
     assert (len(split), len(split.classes)) == (300, 200)
     assert split.classes[0] == "goldfish"
-    images = photographs.read(split, 32, tmp_path)
+    images = photographs.read(split, tmp_path)
     boxes = images.boxes
-    assert ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, :2] >= 0) & (boxes[:, 2:] <= 32)).all()
+    assert ((boxes[:, 2:] > boxes[:, :2]) & (boxes[:, :2] >= 0) & (boxes[:, 2:] <= 64)).all()
     inputs = load_study("photographs").to_input(images.pixels, "vit")
     assert inputs.mean((0, 2, 3)).abs().max() < 0.15
     assert inputs.std((0, 2, 3)).tolist() == pytest.approx([0.94] * 3, abs=0.1)

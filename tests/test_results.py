@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from datetime import date
 
 import nbformat
@@ -16,7 +19,7 @@ from PIL import Image
 from lib import plots
 from lib.findings import CLAIMS, claims
 from lib.intervals import Estimate
-from lib.site import CHAPTERS, PUBLISHED, RESULTS, board, commands, extension, results, run
+from lib.site import CHAPTERS, PUBLISHED, RESULTS, ROOT, board, commands, extension, results, run
 from lib.site.commands import main
 from lib.studies.photographs import Photographs
 
@@ -270,6 +273,45 @@ def test_networks_are_those_of_the_cards(home):
     ]  # fmt: skip
 
 
+# What pages show of the committed results, as a program of its own and in this one.
+SHOWN = """
+import json
+from lib.site import PUBLISHED, extension
+pages = extension.Pages(PUBLISHED)
+for name in pages.chapters:
+    pages.read(None, f"chapters/{name}", [""])
+templates = ("scoreboard", "summary", "studies", "explorer", "networks")
+shown = [pages.switches, [pages.book.render(name) for name in templates]]
+text = json.dumps(shown, sort_keys=True)
+"""
+LACKING = [
+    "torch", "torchvision", "torchmetrics", "timm", "pandas", "scipy", "xarray", "seaborn",
+    "psutil", "matplotlib", "papermill", "msgspec", "safetensors", "huggingface_hub", "h5py",
+    "h5netcdf",
+]  # fmt: skip
+
+
+def test_pages_are_the_same_without_pytorch(tmp_path):
+    """Nor what else the group `site` of pyproject.toml lacks."""
+    lacking = f"""
+import importlib.machinery, sys
+finder = importlib.machinery.PathFinder
+find, lacking = finder.find_spec, {LACKING}
+finder.find_spec = lambda name, *at: None if name.split(".")[0] in lacking else find(name, *at)
+"""
+    told = tmp_path / "shown"
+    tell = f"open({str(told)!r}, 'w').write(text)\nprint({{*lacking}} & {{*sys.modules}})"
+    ran = subprocess.run(
+        [sys.executable, "-c", lacking + SHOWN + tell],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.stdout, ran.stderr) == ("set()\n", "")
+    names = {}
+    exec(SHOWN, names)
+    assert len(names["pages"].switches) >= 6
+    assert told.read_text() == names["text"]
+
+
 # On the command line ------------------------------------------------------------------------------
 
 
@@ -292,27 +334,27 @@ def workshop(tmp_path, monkeypatch):
     for module in (commands, results):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setenv("VIT_SEE_CACHE", str(tmp_path / "cache"))
-    cards = {"vit": {"study": "tiny-imagenet-small"}, "shared": {"study": "lab"}}
+    cards = {"vit": {"study": "photographs"}, "shared": {"study": "lab"}}
     monkeypatch.setattr(Photographs, "cards", cards)
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("more", "printed"),
-    [([], "tiny-imagenet-small 4800 5\n"), (["-p", "shots", "3"], "tiny-imagenet-small 4800 3\n")],
+    [([], "photographs 8000 10\n"), (["-p", "shots", "3"], "photographs 8000 3\n")],
 )
 def test_chapters_that_measure_are_executed_on_a_study(workshop, more, printed, capsys):
-    assert main(["execute", "--study", "tiny-imagenet-small", *more]) == 0
-    assert "tiny-imagenet-small: 05-all in " in capsys.readouterr().out
-    kept = results.load("tiny-imagenet-small")
+    assert main(["execute", "--study", "photographs", *more]) == 0
+    assert "photographs: 05-all in " in capsys.readouterr().out
+    kept = results.load("photographs")
     assert list(kept["chapters"]["05-all"]["outputs"].values()) == [f"<pre>{printed}</pre>"]
-    assert kept["cards"] == {"vit": {"study": "tiny-imagenet-small"}}  # the lab keeps its own
+    assert kept["cards"] == {"vit": {"study": "photographs"}}  # the lab keeps its own
 
 
 def test_what_cannot_be_executed_on_a_study_is_one_sentence(workshop, capsys):
     for given, says in (
         (["--study", "lab"], "the lab is what `execute` measures without --study"),
-        (["01", "--study", "tiny-imagenet"], "none of 01-some has the parameters"),
+        (["01", "--study", "photographs"], "none of 01-some has the parameters"),
         (["--study", "imaginary"], "there is no study 'imaginary'"),
     ):
         assert main(["execute", *given]) == 2
@@ -343,6 +385,13 @@ def test_committed_results_are_complete_and_name_no_machine():
         assert set(pictures) == drawn
         assert max(map(len, pictures.values())) <= results.LARGEST
         assert (path.parent / "cka.npz").exists()
+
+
+def test_published_chapters_carry_evidence():
+    for path in PUBLISHED.glob("*.ipynb"):
+        chapter, _ = results.of_chapter(json.loads(path.read_text(encoding="utf-8")), "lab")
+        for evidence in chapter["claims"]:
+            assert set(evidence) == {"claim", "replicates", "baselines", "why"}, path.name
 
 
 def test_cells_are_told_apart_by_their_code():

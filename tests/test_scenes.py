@@ -155,8 +155,11 @@ def test_seeds_and_scenes_beyond_what_a_generator_tells_apart_are_refused_or_new
 def test_mistakes_are_refused():
     with pytest.raises(ValueError, match=r"^there is no split 'tests'; use one of train, val, tes"):
         scenes.draw([0], "tests")
-    with pytest.raises(ValueError, match=r"^scenes are numbered from 0; got index -1$"):
-        scenes.draw([3, -1])
+    for odd in (-1, 2**27):
+        with pytest.raises(ValueError, match=rf"^scenes go from 0 to 134,217,727; got {odd}$"):
+            scenes.draw([3, odd])
+    with pytest.raises(ValueError, match=r"^seeds of scenes go from 0 to 1364; got 1365$"):
+        scenes.draw([0], seed=1365)
     with pytest.raises(ValueError, match=r"^no scene was asked for: give at least one index$"):
         scenes.draw([])
 

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lib import records
+from lib import intervals, records
 from lib.__main__ import main
 from lib.studies import STUDIES, checkpoints, images, load_study, networks, study, training
 from lib.studies import lab as labs
@@ -69,7 +69,8 @@ def test_what_can_be_measured_has_weights_or_needs_none(lab, monkeypatch):
 
 
 def test_shares_are_of_the_training_images(lab):
-    assert [lab.share(role) for role in ("vit", "vit_data_10", "resnet_data_03")] == [1, 0.1, 0.03]
+    shares = [lab.role(name).share for name in ("vit", "vit_data_10", "resnet_data_03_untrained")]
+    assert shares == [1, 0.1, 0.03]
     for role in lab.roles.values():
         if not role.start:
             assert role.recipe.distinct == role.share * 160_000
@@ -97,9 +98,9 @@ def test_roles_are_data(lab):
 
 
 def test_an_arm_has_ten_baselines_of_ten_seeds(lab):
-    for chosen in (lab, load_study("lab-third-seed"), load_study("imagenet-small")):
+    for chosen in (lab, load_study("lab-second"), load_study("imagenet-small")):
         roles = [chosen.find("vit", k, trained=False) for k in range(10)]
-        seeds = [role.recipe.seed if chosen.cards else role.seed for role in roles]
+        seeds = [getattr(role, "recipe", role).seed for role in roles]
         assert len(set(seeds)) == len({role.name for role in roles}) == 10
         assert chosen.find("vit", 10, trained=False) is None
         assert not any(role.trained for role in roles)
@@ -130,7 +131,8 @@ def test_the_second_editions_lab():
         if arm.endswith("adamw"):
             assert recipe == Recipe()
             continue
-        shown = 51_200 if arm.startswith("resnet") else 80_000
+        shown = {"resnet": 51_200, "vit_masked": 160_000}
+        shown = shown.get("resnet" if arm.startswith("resnet") else arm, 80_000)
         assert (recipe.optimiser, recipe.images) == ("muon", shown)
         assert recipe.distinct == round(shown * roles[0].share)
         assert recipe.distinct % 32 == 0
@@ -144,11 +146,15 @@ def test_the_second_editions_lab():
 def test_every_study_of_the_registry_loads_by_its_name():
     titles = [entry.title for entry in STUDIES.values()]
     assert len(set(titles)) == len(titles)
+    shared = ("cards", "images", "to_input", "model", "classes")
     for name, entry in STUDIES.items():
+        assert len(entry.purpose) > 20
+        if not entry.load:
+            continue
         chosen = load_study(name)
         assert (chosen.name, chosen.purpose) == (name, entry.purpose)
-        assert len(entry.purpose) > 20
         assert {"vit", "resnet"} <= set(chosen.roles)
+        assert all(hasattr(type(chosen), attribute) for attribute in shared)
         for role in (*chosen.roles.values(), *chosen.baselines.values()):
             assert chosen.role(role.name) is role
 
@@ -169,55 +175,19 @@ def test_an_unknown_study_is_one_sentence_that_names_the_known_ones():
     one_sentence(error)
 
 
+def test_studies_of_which_results_are_kept_are_one_sentence():
+    kept = [name for name, entry in STUDIES.items() if not entry.load]
+    assert len(kept) == 5
+    for name in kept:
+        assert (records.ROOT / "book" / "results" / name / "results.json").is_file()
+        with pytest.raises(ValueError, match=f"{name!r} only the results are kept, in book") as e:
+            load_study(name)
+        one_sentence(e)
+
+
 def test_the_study_shows_its_roles(lab):
     assert repr(lab) == f"Study 'lab' with the roles {', '.join(lab.roles)}"
     assert len(lab.classes) == 16
-
-
-@pytest.mark.parametrize(
-    ("study", "anew"),
-    [
-        ("lab-third-seed", {"vit", "resnet"}),
-        ("lab-long", {"vit", "vit_other_seed"}),
-        ("lab-masked", {"vit", "vit_other_seed"}),
-        ("lab-faint", {"vit", "vit_other_seed", "vit_gap", "resnet", "resnet_other_seed"}),
-    ],
-)
-def test_what_was_not_trained_anew_is_the_labs_own(lab, study, anew):
-    again = load_study(study)
-    assert anew <= set(again.roles) < set(lab.roles)
-    for name in again.roles:
-        home = WEIGHTS / study if name in anew else WEIGHTS
-        assert again.weights(name) == home / f"{name}.safetensors"
-        assert (again.role(name) != lab.role(name)) == (name in anew)
-
-
-def test_a_third_seed_is_neither_of_the_labs(lab):
-    third = load_study("lab-third-seed")
-    for family in ("vit", "resnet"):
-        recipe = third.role(family).recipe
-        twins = [lab.role(name).recipe for name in (family, f"{family}_other_seed")]
-        assert [dataclasses.replace(recipe, seed=twin.seed) for twin in twins] == twins
-        assert len({recipe.seed, *(twin.seed for twin in twins)}) == 3
-    # What was trained further, or stopped on the way, is another network's.
-    assert not [name for name in third.roles if "tuned" in name or "after" in name]
-    assert third.has("vit_data_03", "resnet_data_03", "vit_gap", "mixer", "vit_no_skip_middle")
-
-
-def test_what_the_lab_has_trained_is_not_trained_again(lab, tmp_path, monkeypatch, capsys):
-    longer = load_study("lab-long")
-    assert longer.is_trained("resnet")
-    assert longer.cards["resnet"] == lab.cards["resnet"]
-    theirs = longer.model("resnet").state_dict()
-    assert all(torch.equal(theirs[key], w) for key, w in lab.model("resnet").state_dict().items())
-    # Where weights are missing, a sentence says how to make them.
-    monkeypatch.setattr(study, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="lib train --study lab-long vit") as error:
-        longer.model("vit")
-    assert "lab-long/" in one_sentence(error)
-    monkeypatch.undo()
-    assert main(["train", "--study", "lab-long", "resnet"]) == 0
-    assert "nothing to do: resnet" in capsys.readouterr().out
 
 
 def test_every_role_is_a_network_of_the_lab_and_says_what_it_is_for(lab):
@@ -228,14 +198,14 @@ def test_every_role_is_a_network_of_the_lab_and_says_what_it_is_for(lab):
         assert lab.role(f"{name}_untrained") == untrained
 
 
-def test_a_twin_from_another_seed_differs_in_nothing_else(lab):
-    twins = [name for name in lab.roles if name.endswith("_other_seed")]
-    assert twins
-    for name in twins:
-        twin, role = lab.roles[name], lab.roles[name.removesuffix("_other_seed")]
-        assert twin.architecture == role.architecture
-        assert twin.recipe.seed != role.recipe.seed
-        assert dataclasses.replace(twin.recipe, seed=role.recipe.seed) == role.recipe
+def test_another_seed_differs_in_nothing_else(lab):
+    others = [name for name in lab.roles if name.endswith("_other_seed")]
+    assert others
+    for name in others:
+        other, role = lab.roles[name], lab.roles[name.removesuffix("_other_seed")]
+        assert other.architecture == role.architecture
+        assert other.recipe.seed != role.recipe.seed
+        assert dataclasses.replace(other.recipe, seed=role.recipe.seed) == role.recipe
 
 
 def test_a_role_that_starts_from_another_has_its_weights_and_a_classifier_of_its_own(lab):
@@ -270,22 +240,20 @@ def test_inputs_are_the_same_for_all_roles(lab, scenes):
         torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
 
 
-# Untrained twins ----------------------------------------------------------------------------------
+# Baselines ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_untrained_twins_are_reproducible_and_of_their_own_seed(lab, name):
+def test_baselines_are_reproducible_and_of_their_own_seed(lab, name):
     role = lab.roles[name]
-    twin = lab.model(f"{name}_untrained")
+    baseline = lab.model(f"{name}_untrained")
     torch.manual_seed(99)  # whatever else went on
     again = lab.model(f"{name}_untrained")
-    assert records.weights_hash(twin) == records.weights_hash(again)
-    assert not any(module.training for module in twin.modules())
+    assert records.weights_hash(baseline) == records.weights_hash(again)
+    assert not any(module.training for module in baseline.modules())
     for seed in (0, 1, 2):
-        same = records.weights_hash(
-            networks.build(role.architecture, seed)
-        ) == records.weights_hash(twin)
-        assert same == (seed == role.recipe.seed)
+        expected = records.weights_hash(networks.build(role.architecture, seed))
+        assert (records.weights_hash(baseline) == expected) == (seed == role.recipe.seed)
 
 
 def test_building_a_network_leaves_the_global_random_stream_alone():
@@ -296,7 +264,7 @@ def test_building_a_network_leaves_the_global_random_stream_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_an_untrained_twin_is_not_trained(lab, tmp_path):
+def test_a_baseline_is_not_trained(lab, tmp_path):
     with pytest.raises(ValueError, match="'vit_untrained' is not trained") as error:
         lab.train("vit_untrained", tmp_path, tmp_path)
     one_sentence(error)
@@ -353,7 +321,8 @@ def test_training_writes_weights_and_a_card_that_is_true(little, tmp_path):
         right = int((model(little.to_input(test.pixels, "little")).argmax(1) == test.labels).sum())
     assert card["accuracy"] == right / 256
     low, high = card["accuracy_interval"]
-    assert (low, high) == pytest.approx(training.accuracy_interval(right, 256), abs=1e-4)
+    expected = intervals.share(right, 256)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
     assert low < card["accuracy"] < high
     expected = {
         "study": "lab",
@@ -425,12 +394,22 @@ def test_trained_means_by_the_recipe_of_today(little, tmp_path):
     assert not little.is_trained("little", kept), "there is a card, but no weights"
 
 
+def test_what_is_trained_is_not_trained_again(capsys):
+    assert main(["train", "mixer"]) == 0
+    assert "nothing to do: mixer" in capsys.readouterr().out
+
+
 def test_missing_weights_are_one_sentence_with_the_cure(little):
     with pytest.raises(FileNotFoundError, match="python -m lib train --study lab little") as error:
         little.model("little")
     assert "no weights for the role 'little'" in one_sentence(error)
     assert little.cards == {}
     assert little.model("little_untrained").head.out_features == 16
+    # Those of other studies than the lab have a folder of their own.
+    second = load_study("lab-second")
+    with pytest.raises(FileNotFoundError, match="lib train --study lab-second mixer") as error:
+        second.model("mixer")
+    assert "in lab-second/" in one_sentence(error)
 
 
 # The committed weights ----------------------------------------------------------------------------
@@ -489,9 +468,9 @@ def test_accuracy_is_that_of_the_card(lab, name, card):
     scenes = images.scene_images(512, task=lab.roles[name].task)
     assert card["test_images"] == labs.TEST_IMAGES
     right = round(card["accuracy"] * card["test_images"])
-    interval = training.accuracy_interval(right, card["test_images"])
-    assert card["accuracy_interval"] == pytest.approx(list(interval), abs=1e-4)
-    assert interval[0] < card["accuracy"] < interval[1]
+    expected = intervals.share(right, card["test_images"])
+    assert card["accuracy_interval"] == pytest.approx([expected.low, expected.high], abs=1e-4)
+    assert expected.low < card["accuracy"] < expected.high
     if name in NEEDED:
         assert card["accuracy"] >= GOOD
 
@@ -502,7 +481,7 @@ def test_accuracy_is_that_of_the_card(lab, name, card):
 
 
 @each_role
-def test_a_trained_network_comes_from_its_own_untrained_twin(lab, name):
+def test_a_trained_network_comes_from_its_own_baseline(lab, name):
     # Training leaves a trace of the initial weights in the final ones, and none of another seed's.
     trained = lab.model(name).state_dict()
     seed, architecture = lab.roles[name].recipe.seed, lab.roles[name].architecture

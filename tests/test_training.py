@@ -339,20 +339,6 @@ def test_predictions_are_the_largest_logits_whatever_the_number_of_images():
         assert model.training is mode
 
 
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_intervals_are_wilsons(right, n, low, high):
-    assert training.accuracy_interval(right, n) == pytest.approx((low, high), abs=5e-5)
-
-
 # Checkpoints --------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """Weights on disk: matrices in 8 bits, all else in 16, and a model card beside them."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -14,9 +13,9 @@ def write(model: nn.Module, card: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     save_file(pack(model.state_dict()), partial)
-    os.replace(partial, path)
+    partial.replace(path)
     partial.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path.with_suffix(".json"))
+    partial.replace(path.with_suffix(".json"))
 
 
 def read(model: nn.Module, path: Path) -> nn.Module:

@@ -22,10 +22,8 @@ class Images:
     @property
     def labels(self) -> Tensor:
         if self._labels is None:
-            raise ValueError(
-                "these images have no labels, and this measurement needs some: "
-                "sort the pictures into one subfolder per class"
-            )
+            told = "these images have no labels, and this measurement needs some: "
+            raise ValueError(told + "sort the pictures into one subfolder per class")
         return self._labels
 
     @property
@@ -52,7 +50,7 @@ class Images:
 
 
 def scene_images(n: int, split: str = "test", seed: int = 0, task: str = "object") -> Images:
-    """The first ``n`` scenes of a split, drawn on the spot."""
+    """The first ``n`` scenes of a split."""
     drawn = scenes.draw(range(n), split, seed, task)
     return Images(drawn.images, drawn.labels, drawn.boxes)
 
@@ -64,22 +62,20 @@ class SceneSet:
     """
 
     def __init__(self, n: int, split="train", seed: int = 0, device="cpu", task="object"):
-        self.n, self.split, self.seed, self.task = n, split, seed, task
+        self.drawn_as = split, seed, task
         self.pixels = torch.empty(n, 3, scenes.SIZE, scenes.SIZE, dtype=torch.uint8, device=device)
         self.labels = torch.empty(n, dtype=torch.long, device=device)
         self.drawn = torch.zeros(-(-n // scenes.CHUNK), dtype=torch.bool)
 
     def __len__(self) -> int:
-        return self.n
+        return len(self.labels)
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         chunks = torch.unique(indices // scenes.CHUNK)
         for chunk in chunks[~self.drawn[chunks]].tolist():
-            start = chunk * scenes.CHUNK
-            stop = min(start + scenes.CHUNK, self.n)
-            drawn = scenes.draw(range(start, stop), self.split, self.seed, self.task)
-            self.pixels[start:stop] = drawn.images.to(self.pixels.device)
-            self.labels[start:stop] = drawn.labels.to(self.pixels.device)
+            place = slice(chunk * scenes.CHUNK, (chunk + 1) * scenes.CHUNK)
+            drawn = scenes.draw(range(len(self))[place], *self.drawn_as)
+            self.pixels[place], self.labels[place] = drawn.images, drawn.labels
             self.drawn[chunk] = True
         indices = indices.to(self.pixels.device)
         return self.pixels[indices], self.labels[indices]

@@ -38,10 +38,7 @@ class MaskedRecipe(Recipe):
         return model.error(images, order.to(images.device), round(self.shown * model.patches))
 
     def prepare(self, model: nn.Module, data, to_input) -> None:
-        """Fit a linear classifier to what the network makes of whole images.
-
-        By ridge regression on training images; nothing but the classifier is changed.
-        """
+        """Fit a classifier to what the network makes of whole training images."""
         pixels, labels = data[torch.arange(min(self.fitted_on, self.distinct))]
         fit_classifier(model.encoder, pixels, labels, to_input)
 
@@ -49,8 +46,7 @@ class MaskedRecipe(Recipe):
 class MaskedAutoencoder(nn.Module):
     """A ViT and a decoder of one block that paints the patches which the ViT is not shown.
 
-    Called with images it is the ViT itself. The decoder keeps the position embedding that the ViT
-    has when it is wrapped.
+    Called with images it is the ViT itself.
     """
 
     def __init__(self, encoder: VisionTransformer):
@@ -72,31 +68,25 @@ class MaskedAutoencoder(nn.Module):
     def error(self, images: Tensor, order: Tensor, shown: int) -> Tensor:
         """Mean squared error of the hidden patches, each scaled to mean 0 and variance 1.
 
-        1 is what painting each patch in its mean colour costs.
-
-        Parameters
-        ----------
-        images : Tensor (n, 3, h, w)
-        order : Tensor (n, patches)
-            A permutation for each image, whose first ``shown`` patches are shown.
+        1 is what painting each patch in its mean colour costs. ``order`` (n, patches) has a
+        permutation for each image, whose first ``shown`` patches are shown.
         """
         seen = self.enter(self._encode(images, order[:, :shown]))
         everywhere = (self.hidden + self.position).to(seen.dtype).expand(len(images), -1, -1)
         places = order[:, :shown, None].expand_as(seen)
         tokens = everywhere.scatter_add(1, places, seen - self.hidden.to(seen.dtype))
         hidden = order[:, shown:, None]
-        painted = self.paint(_take(self.block(tokens), hidden)).float()
-        target = _take(self.unfold(images).flatten(2).mT, hidden)
-        target = F.layer_norm(target, target.shape[-1:])
-        return F.mse_loss(painted, target)
+        painted = self.paint(torch.take_along_dim(self.block(tokens), hidden, 1)).float()
+        target = torch.take_along_dim(self.unfold(images).flatten(2).mT, hidden, 1)
+        return F.mse_loss(painted, F.layer_norm(target, target.shape[-1:]))
 
     def _encode(self, images: Tensor, which: Tensor) -> Tensor:
         """The ViT's last tokens (n, k, width) of the patches (n, k) that alone it is shown."""
         prefix = self.encoder.num_prefix_tokens
 
         def only(drop, arguments, tokens):
-            patches = _take(tokens[:, prefix:], which[..., None])
-            return torch.cat([tokens[:, :prefix], patches], dim=1)
+            patches = torch.take_along_dim(tokens[:, prefix:], which[..., None], 1)
+            return torch.cat([tokens[:, :prefix], patches], 1)
 
         # timm drops patches here, between the position embedding and the first block.
         handle = self.encoder.patch_drop.register_forward_hook(only)
@@ -106,24 +96,12 @@ class MaskedAutoencoder(nn.Module):
             handle.remove()
 
 
-def _take(tokens: Tensor, which: Tensor) -> Tensor:
-    """Of tokens (n, t, width) those of indices (n, k, 1)."""
-    return tokens.gather(1, which.expand(-1, -1, tokens.shape[-1]))
-
-
 @torch.no_grad()
 def fit_classifier(model: VisionTransformer, pixels: Tensor, labels: Tensor, to_input) -> None:
     """Replace a ViT's linear classifier by the ridge regression on its input (in place).
 
-    Of labels as +1 and -1 on standardised features; the penalty is a thousandth of the images, and
-    the bias has none.
-
-    Parameters
-    ----------
-    pixels : uint8 Tensor (n, 3, h, w)
-    labels : Tensor (n,)
-    to_input : callable
-        Makes the network's input of uint8 pixels.
+    Of labels (n,) as +1 and -1 on standardised features of uint8 images (n, 3, h, w); the penalty
+    is a thousandth of the images, and the bias has none.
     """
     read = "head:input"
     parts = [collect(model, to_input(part), read)[read] for part in pixels.split(256)]

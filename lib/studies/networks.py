@@ -19,57 +19,57 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib.studies import scenes
 
-GRID = 8
+GRID, WIDTH, DEPTH, HEADS = 8, 96, 8, 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What the networks of a study have in common; the lab's, unless told otherwise.
-
-    image         : side of the images, in pixels
-    classes       : how many there are
-    width         : of the ViTs' and the Mixer's tokens
-    depth         : how many blocks they have
-    heads         : of a ViT's block
-    channels      : of the stages of the ResNet
-    stem_stride   : of the ResNet's first convolution
-    """
+    """Side of a study's images, in pixels, and the number of their classes."""
 
     image: int = scenes.SIZE
     classes: int = len(scenes.CLASSES)
-    width: int = 96
-    depth: int = 8
-    heads: int = 6
-    channels: tuple[int, int, int] = (64, 128, 256)
-    stem_stride: int = 1
 
 
 LAB = Size()
 
 
-def vit(size: Size = LAB) -> nn.Module:
-    """ViT, read from a class token. The lab's, ViT-96/4, takes about 60 M multiply-adds."""
-    return _vit(size, class_token=True, global_pool="token")
+def vit(size: Size = LAB, class_token: bool = True) -> nn.Module:
+    """ViT of 8 blocks, width 96, read from a class token or from the mean of its patch tokens."""
+    model = VisionTransformer(
+        img_size=size.image,
+        patch_size=size.image // GRID,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=size.classes,
+        weight_init="jax",
+        class_token=class_token,
+        global_pool="token" if class_token else "avg",
+    )
+    # A sine-cosine start for the learned position embedding: from a random start these small ViTs
+    # stay at chance for tens of thousands of images.
+    position = build_sincos2d_pos_embed([GRID, GRID], dim=WIDTH)
+    with torch.no_grad():
+        model.pos_embed[:, model.num_prefix_tokens :] = 0.5 * position
+    return model
 
 
-def vit_gap(size: Size = LAB) -> nn.Module:
-    """The same without a class token, read from the mean of its patch tokens."""
-    return _vit(size, class_token=False, global_pool="avg")
+vit_gap = partial(vit, class_token=False)
 
 
 def resnet(size: Size = LAB) -> nn.Module:
     """Pre-activation bottleneck ResNet with group normalisation and weight standardisation (BiT).
 
     Three stages of 3, 4 and 6 units at 32, 16 and 8 pixels, after a 3 x 3 stem that keeps the
-    image's size, as ResNets for small images have, or halves that of images of 64 pixels.
+    size of images of 32 pixels, as ResNets for small images do, and halves that of 64.
     """
     model = ResNetV2(
         layers=(3, 4, 6),
-        channels=size.channels,
+        channels=(64, 128, 256),
         num_classes=size.classes,
         norm_layer=partial(GroupNormAct, num_groups=8),
     )
-    stem = StdConv2d(3, 64, kernel_size=3, stride=size.stem_stride)
+    stem = StdConv2d(3, 64, kernel_size=3, stride=size.image // (4 * GRID))
     model.stem = nn.Sequential(OrderedDict(conv=stem))
     return model
 
@@ -79,29 +79,10 @@ def mixer(size: Size = LAB) -> nn.Module:
     return MlpMixer(
         img_size=size.image,
         patch_size=size.image // GRID,
-        num_blocks=size.depth,
-        embed_dim=size.width,
+        num_blocks=DEPTH,
+        embed_dim=WIDTH,
         num_classes=size.classes,
     )
-
-
-def _vit(size: Size, **readout) -> nn.Module:
-    model = VisionTransformer(
-        img_size=size.image,
-        patch_size=size.image // GRID,
-        embed_dim=size.width,
-        depth=size.depth,
-        num_heads=size.heads,
-        num_classes=size.classes,
-        weight_init="jax",
-        **readout,
-    )
-    # A sine-cosine start for the learned position embedding: from a random start these small ViTs
-    # stay at chance for tens of thousands of images.
-    position = build_sincos2d_pos_embed([GRID, GRID], dim=size.width)
-    with torch.no_grad():
-        model.pos_embed[:, model.num_prefix_tokens :] = 0.5 * position
-    return model
 
 
 class BlockWithoutSkips(Block):
@@ -149,42 +130,32 @@ def without_skips(model: nn.Module, block: int) -> nn.Module:
     return model
 
 
-def blocks_without_skips(model: nn.Module) -> list[int]:
-    """Which blocks or residual units of a network lost their skips, counted from 0."""
-    kinds = (Block, PreActBottleneck)  # those without are of their kind
-    blocks = [module for module in model.modules() if isinstance(module, kinds)]
-    return [number for number, block in enumerate(blocks) if hasattr(block, "skipless")]
-
-
 ARCHITECTURES = {"vit": vit, "vit_gap": vit_gap, "resnet": resnet, "mixer": mixer}
-# Networks without the skips of one block: the intact one, and which of its blocks.
+# Networks without the skips of one block: the intact one, and which of its blocks or units.
 CUTS = {
-    "vit_no_skip_early": ("vit", lambda size: 1),
-    "vit_no_skip_middle": ("vit", lambda size: size.depth // 2),
-    "vit_no_skip_late": ("vit", lambda size: size.depth - 2),
-    "resnet_no_skip_middle": ("resnet", lambda size: 6),
+    "vit_no_skip_early": ("vit", 1),
+    "vit_no_skip_middle": ("vit", 4),
+    "vit_no_skip_late": ("vit", 6),
+    "resnet_no_skip_middle": ("resnet", 6),
 }
 
 
 def family(architecture: str) -> str:
     """The architecture, with all its skip connections."""
-    return CUTS[architecture][0] if architecture in CUTS else architecture
+    return CUTS.get(architecture, (architecture, None))[0]
 
 
-def cut(architecture: str, size: Size = LAB) -> int | None:
+def cut(architecture: str) -> int | None:
     """The block or residual unit whose skips an architecture misses; None for intact ones."""
-    return CUTS[architecture][1](size) if architecture in CUTS else None
+    return CUTS.get(architecture, (architecture, None))[1]
 
 
 def build(architecture: str, seed: int, size: Size = LAB) -> nn.Module:
     """A network with random weights, the same for the same seed, in evaluation mode."""
-    if family(architecture) not in ARCHITECTURES:
-        known = ", ".join([*ARCHITECTURES, *CUTS])
-        raise ValueError(f"there is no architecture {architecture!r}; there are {known}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ARCHITECTURES[family(architecture)](size).eval()
-    block = cut(architecture, size)
+    block = cut(architecture)
     return model if block is None else without_skips(model, block)
 
 
@@ -193,22 +164,3 @@ def multiply_adds(model: nn.Module, size: int = scenes.SIZE) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     return counter.get_total_flops() // 2
-
-
-def work_until(model: nn.Module, layers, size: int = scenes.SIZE) -> dict[str, float]:
-    """Share of a forward pass's multiply-adds that are done when each of some modules is done."""
-    modules, done = dict(model.named_modules()), {}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        handles = [
-            modules[name].register_forward_hook(
-                lambda *_, name=name: done.update({name: counter.get_total_flops()})
-            )
-            for name in layers
-        ]
-        try:
-            model(torch.zeros(1, 3, size, size))
-        finally:
-            for handle in handles:
-                handle.remove()
-        total = counter.get_total_flops()
-    return {name: done[name] / total for name in layers}

@@ -5,13 +5,12 @@ unpacked ImageFolder: pictures have the same numbers in both, so that a study tr
 be measured on the other.
 """
 
-import collections
 import csv
-import dataclasses
 import functools
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,71 +29,35 @@ from lib.studies.study import Trained, TrainedRole, arm
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 PUBLISHED, UNPACKED = "tiny-imagenet-200", "tiny-imagenet"
-SIDE = 64  # of the published pictures, in pixels
+SIDE = 64  # of the pictures, in pixels
 MEAN = (0.480, 0.448, 0.398)  # of the training pictures' channels, 0 to 1
 DEVIATION = (0.277, 0.269, 0.282)
+OF_EACH_CLASS, TRAINED_ON = 500, 480  # training pictures; those left are for the curves
 
-SIZE = dataclasses.replace(networks.LAB, image=64, classes=200, stem_stride=2)
-LARGE = dataclasses.replace(SIZE, width=256, depth=12, channels=(208, 416, 832), heads=8)
-SMALL = dataclasses.replace(networks.LAB, classes=200)
-RECIPE = CroppingRecipe(
+_plain = CroppingRecipe(
     images=1_599_984, distinct=96_000, batch_size=48, warmup_steps=1000, area=0.35
 )
-
-
-def second_roles(recipe: CroppingRecipe = RECIPE) -> dict[str, TrainedRole]:
-    """Roles of the study ``photographs``."""
-    change = functools.partial(dataclasses.replace, recipe)
-    return {
-        **arm("vit", recipe, lab.READ_FROM_TOKEN, 3),
-        **arm("resnet", recipe, lab.CONVOLUTIONAL, 3),
-        **arm("vit_gap", recipe, lab.READ_FROM_MEAN, 2),
-        **arm("vit_cutmix", change(cutmix=True), "trained on mixed images", 2, of="vit"),
-        **arm("vit_muon", change(optimiser="muon"), "trained by Muon", 2, of="vit"),
-        **arm("vit_no_skip_middle", change(fade=0.3), "without the skips of block 4", 2),
-        **lab.less_data("vit", recipe, (3, 10), 2, "photographs"),
-        **arm("mixer", recipe, lab.MIXER),
-    }
-
-
-def first_roles(recipe: CroppingRecipe, depth: int) -> dict[str, TrainedRole]:
-    """Roles of the first edition's studies."""
-    fading = dataclasses.replace(recipe, fade=0.3)
-    return {
-        **arm("vit", recipe, lab.READ_FROM_TOKEN),
-        "vit_other_seed": lab.other_seed("vit", recipe, lab.CEILING),
-        **arm("vit_gap", recipe, lab.READ_FROM_MEAN),
-        **arm("resnet", recipe, lab.CONVOLUTIONAL),
-        "resnet_other_seed": lab.other_seed("resnet", recipe, "its twin from another seed"),
-        **arm("vit_no_skip_middle", fading, f"without the skips of block {depth // 2}"),
-        **lab.less_data("vit", recipe, (3, 10), what="photographs"),
-    }
+ROLES = {
+    **arm("vit", _plain, lab.READ_FROM_TOKEN, 3),
+    **arm("resnet", _plain, lab.CONVOLUTIONAL, 3),
+    **arm("vit_gap", _plain, lab.READ_FROM_MEAN, 2),
+    **arm("vit_cutmix", replace(_plain, cutmix=True), "trained on mixed images", 2, of="vit"),
+    **arm("vit_muon", replace(_plain, optimiser="muon"), "trained by Muon", 2, of="vit"),
+    **arm("vit_no_skip_middle", replace(_plain, fade=0.3), "without the skips of block 4", 2),
+    **lab.less_data("vit", _plain, (3, 10), 2, "photographs"),
+    **arm("mixer", _plain, lab.MIXER),
+}
 
 
 class Photographs(Trained):
     """Tiny-ImageNet, and networks trained on it.
 
-    Of each class, the first ``of_each_class`` pictures are used: ``trained_on`` of them, drawn
-    once, for training and the others for the curves. Test images are those of the validation set:
-    the publisher's test set has no labels.
-
-    Parameters
-    ----------
-    name, purpose : str
-    roles : dict of TrainedRole
-    size : networks.Size
-    of_each_class, trained_on : int
-    probe_parameters : dict, optional
-        For chapters with linear probes, which need more images of 200 classes than of 16.
+    Test images are those of the validation set: the publisher's test set has no labels.
     """
 
-    def __init__(
-        self, name, purpose, roles, size=SIZE, of_each_class=500, trained_on=480,
-        probe_parameters=None,
-    ):  # fmt: skip
-        super().__init__(name, roles, purpose, size)
-        self.of_each_class, self.trained_on = of_each_class, trained_on
-        self.probe_parameters = probe_parameters or {"n_images": 8000, "shots": 10}
+    size = networks.Size(image=SIDE, classes=200)
+    # For chapters with linear probes, which need more images of 200 classes than of 16.
+    probe_parameters = {"n_images": 8000, "shots": 10}  # noqa: RUF012
 
     @functools.cached_property
     def root(self) -> Path:
@@ -110,7 +73,7 @@ class Photographs(Trained):
 
     @functools.cached_property
     def _test_images(self) -> Images:
-        return read(self.test, self.size.image, self.root.parent)
+        return read(self.test, self.root.parent)
 
     def images(self, n: int, seed: int = 0) -> Images:
         """``n`` photographs of the validation set, drawn by a seed, in which classes take turns."""
@@ -126,48 +89,46 @@ class Photographs(Trained):
 
     def facts(self, roles) -> dict:
         """The pictures, for records."""
-        return {"pictures": f"validation set of Tiny-ImageNet-200, {self.size.image} pixels"}
+        return {"pictures": f"validation set of Tiny-ImageNet-200, {SIDE} pixels"}
 
     def training_data(self, role: TrainedRole, device) -> tuple:
-        pool = first_of_each_class(read_split(self.root, "train"), self.of_each_class)
-        order = pictures.order(pool, seed=0)
-        apart = self.trained_on * len(self.classes)
-        everything = read(pool, self.size.image, self.root.parent)
+        split = read_split(self.root, "train")
+        if len(split) != OF_EACH_CLASS * len(split.classes):
+            raise ValueError(
+                f"{split.where} has {len(split):,} training pictures and should have "
+                f"{OF_EACH_CLASS} of each of {len(split.classes)} classes: unpack it again"
+            )
+        order = pictures.order(split, seed=0)
+        everything = read(split, self.root.parent)
         chosen = everything[order[: role.recipe.distinct]]
         data = TensorDataset(chosen.pixels.to(device), chosen.labels.to(device))
-        return data, everything[order[apart:]], self.images(len(self.test))
+        held_out = everything[order[TRAINED_ON * len(split.classes) :]]
+        return data, held_out, self.images(len(self.test))
 
 
-def find(folder) -> Path:
+def find(folder: Path) -> Path:
     """The data set in a data folder; downloaded there from its publisher if it is not yet."""
-    folder = Path(folder).expanduser()
     for name in (PUBLISHED, UNPACKED):
         if (folder / name / "train").is_dir():
             return folder / name
-
-    def check():
-        if not (folder / PUBLISHED / "train").is_dir():
-            raise RuntimeError
-
     pictures.download(
         "Tiny-ImageNet",
         folder,
         lambda part: download_and_extract_archive(URL, part, md5=MD5),
-        check,
+        lambda: os.stat(folder / PUBLISHED / "train"),
         f"put the publisher's folder {PUBLISHED}/ there, unpacked from {URL}",
     )
     return folder / PUBLISHED
 
 
-def read_split(root, name: str) -> Pictures:
+def read_split(root: Path, name: str) -> Pictures:
     """A split, ``"train"`` or ``"val"``, of the set in ``root``: class by class, as numbered."""
-    root = Path(root)
     published = (root / "wnids.txt").is_file()
     rows = list(_published(root, name) if published else _unpacked(root, name))
     if not rows:
         raise FileNotFoundError(
-            f"{root / name} holds no pictures of Tiny-ImageNet; it should have {name}/CLASS/*.jpg, "
-            f"or be the publisher's folder {PUBLISHED}/"
+            f"{root / name} holds no pictures of Tiny-ImageNet: put {name}/CLASS/*.jpg there, or "
+            f"use the publisher's folder {PUBLISHED}/"
         )
     names = _names(root, published)
     if unknown := sorted({wnid for wnid, *_ in rows} - names.keys()):
@@ -188,71 +149,50 @@ def _published(root: Path, name: str):
         for row in table.read_text().splitlines():
             *first, x0, y0, x1, y1 = row.split("\t")
             wnid = first[1] if val else table.parent.name
-            box = [float(value) for value in (x0, y0, x1, y1)]
-            yield wnid, table.parent / "images" / first[0], box
+            yield wnid, table.parent / "images" / first[0], [*map(float, (x0, y0, x1, y1))]
 
 
 def _unpacked(root: Path, name: str):
     """(class, path, box) of each picture in an ImageFolder with ``boxes.csv`` beside it."""
     with open(root / "boxes.csv", newline="") as file:
-        boxes = {row[0]: [float(value) for value in row[1:5]] for row in list(csv.reader(file))[1:]}
-    unknown = [float("nan")] * 4
+        boxes = {row[0]: [*map(float, row[1:5])] for row in list(csv.reader(file))[1:]}
     for path in (root / name).glob("*/*.jpg"):
-        yield path.parent.name, path, boxes.get(path.relative_to(root).as_posix(), unknown)
+        box = boxes.get(path.relative_to(root).as_posix(), [float("nan")] * 4)
+        yield path.parent.name, path, box
 
 
 def _names(root: Path, published: bool) -> dict[str, str]:
     """Short names of the classes, by their numbers in WordNet, in sorted order."""
-    if published:
-        wnids = (root / "wnids.txt").read_text().split()
-        lines = (root / "words.txt").read_text(encoding="utf-8").splitlines()
-    else:
-        lines = (root / "classes.tsv").read_text(encoding="utf-8").splitlines()[1:]
-        wnids = [line.split("\t")[0] for line in lines]
+    table = root / ("words.txt" if published else "classes.tsv")
+    lines = table.read_text(encoding="utf-8").splitlines()
     words = dict(line.split("\t")[:2] for line in lines)
+    # All of WordNet, or a line of titles and the classes.
+    wnids = (root / "wnids.txt").read_text().split() if published else list(words)[1:]
     return {wnid: words[wnid].split(",")[0].strip() for wnid in sorted(wnids)}
 
 
-def first_of_each_class(split: Pictures, n: int) -> Pictures:
-    """The ``n`` first pictures of every class."""
-    places = collections.defaultdict(list)
-    for place, label in enumerate(split.labels):
-        places[label].append(place)
-    fewest = min(len(places[label]) for label in range(len(split.classes)))
-    if fewest < n:
-        raise ValueError(
-            f"{n} pictures of every class are needed and {split.where} has {fewest} of some: "
-            "the data set is incomplete"
-        )
-    return split[[place for found in places.values() for place in found[:n]]]
-
-
-def read(split: Pictures, side: int, cache: Path) -> Images:
-    """All pictures of a split, scaled to ``side`` x ``side``, with labels and boxes.
-
-    Their pixels are kept in the folder ``cache``, uint8 in one file per selection, if it can be
-    written to.
-    """
+def read(split: Pictures, cache: Path) -> Images:
+    """All pictures of a split, with labels and boxes; pixels are kept in the folder ``cache``."""
     names = "".join(f"{path.name} {path.stat().st_size}\n" for path in split.paths)
-    key = hashlib.sha256(f"{side} {names}".encode()).hexdigest()[:12]
-    path = cache / f"{UNPACKED}-{len(split)}-at-{side}-{key}.npy"
+    key = hashlib.sha256(f"{SIDE} {names}".encode()).hexdigest()[:12]
+    path = cache / f"{UNPACKED}-{len(split)}-at-{SIDE}-{key}.npy"
     if path.exists():
         pixels = torch.from_numpy(np.load(path))
     else:
-        pixels = _decode(split.paths, side)
+        pixels = _decode(split.paths)
         if os.access(cache, os.W_OK):
             partial = path.with_suffix(f".{os.getpid()}.part")
             with open(partial, "wb") as file:
                 np.save(file, pixels.numpy())
             os.replace(partial, path)
-    return Images(pixels, torch.tensor(split.labels), split.boxes * (side / SIDE))
+    return Images(pixels, torch.tensor(split.labels), split.boxes)
 
 
-def _decode(paths: list[Path], side: int) -> Tensor:
+def _decode(paths: list[Path]) -> Tensor:
     """Pixels (n, 3, side, side) of picture files."""
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+    pixels = torch.empty(len(paths), 3, SIDE, SIDE, dtype=torch.uint8)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        found = pool.map(lambda path: pictures.attempt(path, side, side), paths)
+        found = pool.map(lambda path: pictures.attempt(path, SIDE, SIDE), paths)
         for place, (path, picture) in enumerate(zip(paths, found, strict=True)):
             if isinstance(picture, str):
                 raise ValueError(f"{path} cannot be read ({picture}): unpack the data set again")

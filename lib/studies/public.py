@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from torch import Tensor, nn
@@ -17,10 +18,14 @@ from torchvision.transforms.functional import normalize
 from lib.studies import hub, images, pictures
 from lib.studies.study import UNTRAINED, Role, Study
 
+Pixels = Annotated[int, msgspec.Meta(ge=1)]
+# Of the fields of a table, those that no file sets.
+GIVEN = {"name", "trained", "options"}
+
 
 @dataclasses.dataclass(frozen=True)
 class PublicRole(Role):
-    """A public checkpoint of a study.
+    """A public checkpoint of a study: a table ``[roles.NAME]`` of its file.
 
     model   : timm's name of it, or ``hf-hub:user/repository``
     purpose : what it is for
@@ -40,29 +45,36 @@ class PublicRole(Role):
         return dataclasses.replace(self, seed=self.seed + seeds)
 
 
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    images: dict
-    roles: dict[str, dict]
-    purpose: str = ""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the pictures of a study come from: the table ``[images]`` of its file.
 
+    folder  : of pictures
+    dataset : or a data set of torchvision, in the folder ``root``
+    resize  : short side, bicubic, in pixels
+    crop    : the middle, in pixels, the same for all networks
+    options : torchvision's for the data set, beside these in the file
+    """
 
-class _Images(msgspec.Struct, forbid_unknown_fields=True):
     folder: str | None = None
     dataset: str | None = None
     root: str | None = None
-    resize: int = 256
-    crop: int = 224
+    resize: Pixels = 256
+    crop: Pixels = 224
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if (self.folder is None) == (self.dataset is None):
+            raise ValueError("give either folder = ... or dataset = ...")
+        if self.crop > self.resize:
+            raise ValueError(f"crop is {self.crop}: make it at most resize, which is {self.resize}")
 
 
-class _Role(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    model: str
+@dataclasses.dataclass
+class _File:
+    images: dict
+    roles: Annotated[dict[str, dict], msgspec.Meta(min_length=1)]
     purpose: str = ""
-    licence: str = ""
-    weights: str | None = None
-    seed: int = 0
-    arm: str = ""
-    replicate: int = 0
-    family: str = ""
 
 
 def read(path) -> "Public":
@@ -74,84 +86,63 @@ def read(path) -> "Public":
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     file = _checked(path, "", table, _File)
-    if ("folder" in file.images) == ("dataset" in file.images):
-        raise ValueError(f"{path}: images needs either folder = ... or dataset = ...")
-    known = dict(file.images)
-    if "dataset" in known:  # whose other options are torchvision's
-        known = {key: known[key] for key in _Images.__struct_fields__ if key in known}
-    found = _checked(path, "images", known, _Images)
-    if not 0 < found.crop <= found.resize:
-        raise ValueError(
-            f"{path}: images.crop is {found.crop}, and expected is at least 1 and at most "
-            f"images.resize, which is {found.resize}"
-        )
-    if not file.roles:
-        raise ValueError(f"{path}: roles needs one at least, for instance [roles.vit]")
+    ours = {key: file.images[key] for key in _keys(Source) if key in file.images}
+    source = _checked(path, "images", ours if "dataset" in ours else file.images, Source)
+    options = {key: file.images[key] for key in file.images.keys() - ours.keys()}
     roles = {}
     for name, entries in file.roles.items():
-        if not re.fullmatch(r"[\w.-]+", name) or name.endswith(UNTRAINED):
+        if not re.fullmatch(rf"[\w.-]+(?<!{UNTRAINED})", name):
             raise ValueError(
                 f"{path}: roles.{name} is no name of a role: expected are letters, digits, _, - "
                 f"and dots, and not the end {UNTRAINED}, which is a baseline's"
             )
-        entry = _checked(path, f"roles.{name}", entries, _Role)
-        roles[name] = PublicRole(**msgspec.structs.asdict(entry))
-    return Public(path.stem, roles, file.images, file.purpose, path.resolve().parent)
+        roles[name] = _checked(path, f"roles.{name}", entries, PublicRole)
+    source = dataclasses.replace(source, options=options)
+    return Public(path.stem, roles, source, file.purpose, path.resolve().parent)
+
+
+def _keys(kind) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.name not in GIVEN]
 
 
 def _checked(path: Path, key: str, table: dict, kind):
-    """A table as a struct; what is wrong with it is one sentence of file, key and expectation."""
+    """A table as a dataclass; what is wrong with it is one sentence of file, key and cure."""
     try:
-        return msgspec.convert(table, kind)
+        found = msgspec.convert(table, kind)
+        for odd in table.keys() - set(_keys(kind)):
+            raise msgspec.ValidationError(f"`{odd}` means nothing here")
+        return found
     except msgspec.ValidationError as error:
         wrong, _, place = str(error).partition(" - at `$")
         place = (key + place.rstrip("`")).strip(".") or "the file"
         wrong = wrong.replace("`object`", "a table").replace("`array`", "an array")
-        if unknown := wrong.partition("Object contains unknown field ")[2]:
-            wrong = f"{unknown} means nothing here"
-        known = ", ".join(kind.__struct_fields__)
+        known = ", ".join(_keys(kind))
         raise ValueError(f"{path}: {place}: {wrong}; known are {known}") from error
 
 
 class Public(Study):
-    """Public checkpoints on photographs.
+    """Public checkpoints on photographs. Relative paths of its file start in ``home``."""
 
-    Parameters
-    ----------
-    name : str
-    roles : dict of PublicRole
-    pictures : dict
-        ``folder``, or ``dataset`` with ``root`` and torchvision's options for it; and ``resize``
-        (short side, bicubic) and ``crop`` (the middle), in pixels, the same for all networks.
-    purpose : str
-        One line about the study.
-    home : path
-        Relative paths of folders and weights start here.
-    """
-
-    def __init__(self, name, roles, pictures, purpose="", home=None):
+    def __init__(self, name: str, roles: dict, source: Source, purpose: str = "", home=None):
         super().__init__(name, roles, purpose)
-        self.home = Path(home or Path.cwd())
-        self.source = dict(pictures)
-        self.resize = self.source.pop("resize", 256)
-        self.crop = self.source.pop("crop", 224)
+        self.source, self.home = source, Path(home or Path.cwd())
         self._last = {}
 
     def use_folder(self, folder) -> None:
         """Take the pictures of a folder instead of the study's own."""
-        self.source = {"folder": str(Path(folder).resolve())}
+        folder = str(Path(folder).resolve())
+        self.source = dataclasses.replace(self.source, folder=folder, dataset=None)
         self._last = {}
         vars(self).pop("pictures", None)
 
     @functools.cached_property
     def pictures(self) -> pictures.Pictures:
         """The files that images are drawn from."""
-        options = dict(self.source)
-        if "folder" in options:
-            return pictures.in_folder(self._path(options["folder"]))
-        root = options.pop("root", None)
-        root = pictures.data_folder() if root is None else self._path(root)
-        return pictures.of_torchvision(options.pop("dataset"), root, **options)
+        source = self.source
+        if source.folder:
+            return pictures.in_folder(self._path(source.folder))
+        root = self._path(source.root) if source.root else pictures.data_folder()
+        return pictures.of_torchvision(source.dataset, root, **source.options)
 
     @property
     def classes(self) -> list[str]:
@@ -160,7 +151,8 @@ class Public(Study):
     def images(self, n: int, seed: int = 0) -> images.Images:
         """``n`` pictures drawn by a seed, see :func:`lib.studies.pictures.read`."""
         if (n, seed) not in self._last:  # a chapter asks for the same ones several times
-            self._last = {(n, seed): pictures.read(self.pictures, n, seed, self.resize, self.crop)}
+            size = self.source.resize, self.source.crop
+            self._last = {(n, seed): pictures.read(self.pictures, n, seed, *size)}
         return self._last[n, seed]
 
     def to_input(self, pixels: Tensor, role: str) -> Tensor:
@@ -174,8 +166,8 @@ class Public(Study):
         role = self.role(name)
         weights = role.weights and self._path(role.weights)
         if not role.trained:
-            return hub.build(role.model, role.seed, self.crop, weights)
-        return hub.pretrained(role.model, self.crop, weights)
+            return hub.build(role.model, role.seed, self.source.crop, weights)
+        return hub.pretrained(role.model, self.source.crop, weights)
 
     def is_here(self, name: str) -> bool:
         """Whether a role's weights are on this machine."""
@@ -191,10 +183,11 @@ class Public(Study):
             named = f", weights of {Path(role.weights).name}" if role.weights else ""
             return role.model + named
 
+        source = self.source
         return {
             "networks": {name: of(self.role(name)) for name in roles},
-            "pictures": Path(self.source.get("folder") or self.source["dataset"]).name,
-            "crop": f"short side {self.resize} (bicubic), middle {self.crop}",
+            "pictures": Path(source.folder or source.dataset).name,
+            "crop": f"short side {source.resize} (bicubic), middle {source.crop}",
         }
 
     def _path(self, text) -> Path:

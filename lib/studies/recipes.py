@@ -60,12 +60,13 @@ class Recipe:
 
     def optimisers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """Optimisers that between them step every parameter of a network."""
-        matrices = block_matrices(model) if self.optimiser == "muon" else []
-        rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
-        adamw = torch.optim.AdamW(
-            rest, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay
-        )
-        return [adamw, Muon(matrices, self.lr, self.weight_decay)] if matrices else [adamw]
+        matrices, rest = [], []
+        for name, parameter in model.named_parameters():
+            inside = {"blocks", "block", "stages"} & set(name.split(".")) and parameter.ndim > 1
+            (matrices if inside and self.optimiser == "muon" else rest).append(parameter)
+        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
+        muon = [Muon(matrices, **shared)] if matrices else []
+        return [torch.optim.AdamW(rest, betas=self.betas, **shared), *muon]
 
     def augmented(self, pixels: Tensor, step: int) -> Tensor:
         """What the network is shown of a step's images: themselves."""
@@ -145,15 +146,6 @@ class Muon(torch.optim.Muon):
         for view, weight in zip(self.param_groups[0]["params"], self.weights, strict=True):
             view.grad = weight.grad.flatten(1)
         super().step()
-
-
-def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers and convolutions inside a network's blocks or stages."""
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if {"blocks", "block", "stages"} & set(name.split(".")) and parameter.ndim > 1
-    ]
 
 
 def crop(pixels: Tensor, x: Tensor, y: Tensor, extent: Tensor, mirrored: Tensor) -> Tensor:

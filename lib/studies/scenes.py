@@ -7,6 +7,7 @@ Colour, place and size carry no information about the class.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ SPLITS = ("train", "val", "test")
 CHUNK = 128
 # A generator is seeded with 32 bits: split and seed take 12 of them, the chunk 20.
 CHUNKS = 2**20
+SEEDS = 2**12 // len(SPLITS)
 
 
 class Scenes(NamedTuple):
@@ -46,30 +48,24 @@ class Task(NamedTuple):
     """What is asked of a scene.
 
     purpose     : the question, in words
-    labels      : the answers (n,), from scenes
     wavelengths : of the textures, in pixels
     contrast    : of the textures, from their darkest to their brightest; black to white is 1
+    answer      : the labels (n,) of scenes, if not the object's shape and texture
     """
 
     purpose: str
-    labels: Callable[[Scenes], Tensor]
     wavelengths: tuple[float, float] = (3.4, 5.2)
     contrast: tuple[float, float] = (0.4, 0.8)
+    answer: Callable[[Scenes], Tensor] = lambda drawn: drawn.labels
 
 
 TASKS = {
-    "object": Task("shape and texture of the object", lambda drawn: drawn.labels),
-    "fine textures": Task(
-        "the same of objects with finer textures", lambda drawn: drawn.labels, (2.4, 3.4)
-    ),
-    "faint textures": Task(
-        "the same of objects whose textures may be too faint to see",
-        lambda drawn: drawn.labels,
-        contrast=(0.0, 0.8),
-    ),
+    "object": Task("shape and texture of the object"),
+    "fine textures": Task("the same of objects with finer textures", wavelengths=(2.4, 3.4)),
+    "faint textures": Task("the same, of textures that may be too faint", contrast=(0.0, 0.8)),
     "colour": Task(
         "which of red, green and blue the object has much of",
-        lambda drawn: ((drawn.colours > 0.5).long() * torch.tensor([1, 2, 4])).sum(1),
+        answer=lambda drawn: ((drawn.colours > 0.5).long() * torch.tensor([1, 2, 4])).sum(1),
     ),
 }
 
@@ -77,16 +73,8 @@ TASKS = {
 def draw(indices, split: str = "train", seed: int = 0, task: str = "object") -> Scenes:
     """Draw scenes by index; the same (split, seed, index) always gives the same scene.
 
-    Parameters
-    ----------
-    indices : sequence of int
-        Which scenes; any non-negative integers, in any order.
-    split : {"train", "val", "test"}
-        Splits never share a scene.
-    seed : int
-        A different seed gives a different, equally distributed set.
-    task : str
-        One of TASKS, whose answers are the labels.
+    Splits never share a scene, and another seed gives another, equally distributed set. ``task`` is
+    one of TASKS, whose answers are the labels.
     """
     if task not in TASKS:
         raise ValueError(f"there is no task {task!r}; use one of {', '.join(TASKS)}")
@@ -95,17 +83,15 @@ def draw(indices, split: str = "train", seed: int = 0, task: str = "object") -> 
     indices = torch.as_tensor(indices, dtype=torch.long)
     if not indices.numel():
         raise ValueError("no scene was asked for: give at least one index")
-    if indices.min() < 0:
-        raise ValueError(f"scenes are numbered from 0; got index {int(indices.min())}")
-    if indices.max() >= CHUNKS * CHUNK:
-        raise ValueError(f"scenes are numbered up to {CHUNKS * CHUNK - 1:,}")
-    if not 0 <= seed < 2**12 // len(SPLITS):
-        raise ValueError(f"seeds of scenes go from 0 to {2**12 // len(SPLITS) - 1}; got {seed}")
+    if (odd := indices[(indices < 0) | (indices >= CHUNKS * CHUNK)]).numel():
+        raise ValueError(f"scenes go from 0 to {CHUNKS * CHUNK - 1:,}; got {int(odd[0])}")
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seeds of scenes go from 0 to {SEEDS - 1}; got {seed}")
     chunks, position = torch.unique(indices // CHUNK, return_inverse=True)
     drawn = [_draw_chunk(int(chunk), split, seed, TASKS[task]) for chunk in chunks]
     rows = position * CHUNK + indices % CHUNK
     found = Scenes(*(torch.cat(field)[rows] for field in zip(*drawn, strict=True)))
-    return found._replace(labels=TASKS[task].labels(found))
+    return found._replace(labels=TASKS[task].answer(found))
 
 
 def to_input(images: Tensor) -> Tensor:
@@ -114,14 +100,10 @@ def to_input(images: Tensor) -> Tensor:
 
 
 def _draw_chunk(chunk: int, split: str, seed: int, task: Task) -> Scenes:
-    n = CHUNK
-    stream = torch.Generator().manual_seed(
-        (seed * len(SPLITS) + SPLITS.index(split)) * CHUNKS + chunk
-    )
+    n, number = CHUNK, seed * len(SPLITS) + SPLITS.index(split)
+    stream = torch.Generator().manual_seed(number * CHUNKS + chunk)
 
-    def uniform(*shape, low=0.0, high=1.0):
-        return torch.rand(*shape, generator=stream) * (high - low) + low
-
+    uniform = partial(_uniform, stream)
     axis = torch.arange(SIZE) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
 
@@ -157,6 +139,10 @@ def _draw_chunk(chunk: int, split: str, seed: int, task: Task) -> Scenes:
     return Scenes(images, labels, _boxes(mask), centre[:, :, 0, 0], colour[:, :, 0, 0])
 
 
+def _uniform(stream: torch.Generator, *shape: int, low: float, high: float) -> Tensor:
+    return torch.rand(*shape, generator=stream) * (high - low) + low
+
+
 def _one_over_f(n: int, exponent: float, stream: torch.Generator) -> Tensor:
     """Noise (n, 3, 32, 32) of unit deviation whose amplitude falls as 1/f**exponent."""
     # In float64: the last bits of a transform depend on the number of threads.
@@ -173,11 +159,7 @@ def _texture(kind: Tensor, task: Task, stream: torch.Generator) -> Tensor:
     Each is a sum of plane waves of one wavelength: stripes have one wave, a plaid has two at right
     angles, and band noise has six in random directions, hence none. All have the same variance.
     """
-    n, waves = len(kind), 6
-
-    def uniform(*shape, low, high):
-        return torch.rand(*shape, generator=stream) * (high - low) + low
-
+    n, waves, uniform = len(kind), 6, partial(_uniform, stream)
     (shortest, longest), (faintest, strongest) = task.wavelengths, task.contrast
     frequency = 2 * math.pi / uniform(n, 1, low=shortest, high=longest)
     contrast = uniform(n, 1, low=faintest, high=strongest) / 2
@@ -189,8 +171,7 @@ def _texture(kind: Tensor, task: Task, stream: torch.Generator) -> Tensor:
     direction[directed, 1] = tilt[directed]
     weights = torch.zeros(len(TEXTURES), waves)
     weights[0, 0] = weights[1, 1] = 1
-    weights[2, :2] = math.sqrt(1 / 2)
-    weights[3] = math.sqrt(1 / waves)
+    weights[2, :2], weights[3] = math.sqrt(1 / 2), math.sqrt(1 / waves)
 
     # sin(a + b) = sin(a) cos(b) + cos(a) sin(b): a wave is two outer products, and the sum over
     # waves one small matrix product per scene.
@@ -208,10 +189,8 @@ def _outline(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor, angle: Tenso
     u = (torch.cos(angle) * dx + torch.sin(angle) * dy).abs()
     v = (torch.cos(angle) * dy - torch.sin(angle) * dx).abs()
     distance = torch.hypot(dx, dy)
-    half = radius / 2
-    arm = radius * (1 - math.sqrt(0.5))
+    half, arm = radius / 2, radius * (1 - math.sqrt(0.5))
     hole = radius * math.sqrt(1 - 2 / math.pi)
-
     inside = [
         torch.minimum(radius - u, half - v),
         torch.minimum(radius - v, half - u),
@@ -231,9 +210,7 @@ def _boxes(mask: Tensor) -> Tensor:
     columns, rows = mask.amax(1) >= 0.5, mask.amax(2) >= 0.5
 
     def extent(hit):
-        first = hit.float().argmax(1)
-        last = SIZE - hit.flip(1).float().argmax(1)
-        return first, last
+        return hit.float().argmax(1), SIZE - hit.flip(1).float().argmax(1)
 
     (x0, x1), (y0, y1) = extent(columns), extent(rows)
     return torch.stack([x0, y0, x1, y1], dim=1).float()

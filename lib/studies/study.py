@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lib import records
+from lib import intervals, records
 from lib.studies import checkpoints, networks, training
 from lib.studies.recipes import Recipe
 
@@ -48,7 +48,7 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRole(Role):
-    """A network that this repository trains.
+    """A network that this repository trains; ``family`` and ``cut`` are its architecture's.
 
     architecture : of :mod:`lib.studies.networks`
     recipe       : how it is trained
@@ -62,6 +62,10 @@ class TrainedRole(Role):
     purpose: str
     start: str | None = None
     task: str = "object"
+
+    def __post_init__(self):
+        object.__setattr__(self, "family", networks.family(self.architecture))
+        object.__setattr__(self, "cut", networks.cut(self.architecture))
 
     def later(self, seeds: int) -> "TrainedRole":
         """The same from another seed."""
@@ -82,48 +86,30 @@ def arm(name: str, recipe: Recipe, purpose: str, replicates=1, of="", share=1.0)
 
 
 class Study:
-    """Images, and networks in roles. A kind of it gives ``images``, ``model`` and ``to_input``.
-
-    Parameters
-    ----------
-    name : str
-    roles : dict of Role
-        By name.
-    purpose : str
-        One sentence about the study.
-    """
+    """Images, and networks in roles. A kind of it gives ``images``, ``model`` and ``to_input``."""
 
     cards: ClassVar[dict[str, dict]] = {}  # of networks that were trained here
 
-    def __init__(self, name: str, roles: dict, purpose: str = ""):
+    def __init__(self, name: str, roles: dict[str, Role], purpose: str = ""):
         self.name, self.purpose = name, purpose
         self.roles = {
             key: dataclasses.replace(role, name=key, arm=role.arm or key, family=role.family or key)
             for key, role in roles.items()
         }
-        self.baselines = self._baselines()
+        # The untrained network of each role, and of each arm's first from further seeds.
+        further = {
+            f"{role.arm}_seed_{k}": dataclasses.replace(role.later(k), replicate=k)
+            for role in self.roles.values()
+            for k in range(1, BASELINES)
+            if role.replicate == 0 and not self.find(role.arm, k)
+        }
+        self.baselines = {
+            name + UNTRAINED: dataclasses.replace(role, name=name + UNTRAINED, trained=False)
+            for name, role in (further | self.roles).items()
+        }
 
     def __repr__(self) -> str:
         return f"Study {self.name!r} with the roles {', '.join(self.roles)}"
-
-    def _baselines(self) -> dict[str, Role]:
-        """The untrained network of each role, and of each arm's first from further seeds."""
-        found = {
-            role.name + UNTRAINED: dataclasses.replace(
-                role, name=role.name + UNTRAINED, trained=False
-            )
-            for role in self.roles.values()
-        }
-        there = {(role.arm, role.replicate) for role in self.roles.values()}
-        firsts = [role for role in self.roles.values() if role.replicate == 0]
-        for role in firsts:
-            for k in range(1, BASELINES):
-                name = f"{role.arm}_seed_{k}{UNTRAINED}"
-                if (role.arm, k) not in there and name not in found:
-                    found[name] = dataclasses.replace(
-                        role.later(k), name=name, replicate=k, trained=False
-                    )
-        return found
 
     def role(self, name: str):
         """The role of a name; ``<role>_untrained`` is the same network before its training."""
@@ -139,54 +125,35 @@ class Study:
     def find(self, arm: str, replicate: int = 0, trained: bool = True):
         """The role of an arm's replicate, or None; there are ``BASELINES`` untrained ones."""
         every = self.roles if trained else self.baselines
-        found = [r for r in every.values() if (r.arm, r.replicate) == (arm, replicate)]
-        return found[0] if found else None
+        return next((r for r in every.values() if (r.arm, r.replicate) == (arm, replicate)), None)
 
-    def has(self, *names: str) -> bool:
-        """Whether the study has all of some roles."""
-        return all(name in self.roles or name in self.baselines for name in names)
+    def has(self, name: str) -> bool:
+        """Whether there is such a role."""
+        return name in self.roles or name in self.baselines
 
     def those(self, *names: str) -> list[str]:
         """Those of some roles that can be measured, in the order given."""
         return [name for name in names if self.has(name)]
 
-    def share(self, name: str) -> float:
-        """How much of all training images a role's network was trained on."""
-        return self.role(name).share
-
 
 class Trained(Study):
     """A study whose networks are trained by this repository, each by a recipe of its own.
 
-    A kind of it gives ``images``, ``to_input`` and ``training_data``.
+    A kind of it gives ``images``, ``to_input`` and ``training_data(role, device)``: the data a role
+    is trained on, and the images of its curve and of its card.
     """
 
     classes: Sequence[str]
-
-    def __init__(self, name: str, roles: dict, purpose: str = "", size=networks.LAB):
-        self.size = size
-        known = {
-            key: dataclasses.replace(
-                role,
-                family=networks.family(role.architecture),
-                cut=networks.cut(role.architecture, size),
-            )
-            for key, role in roles.items()
-        }
-        super().__init__(name, known, purpose)
+    size = networks.LAB
 
     @property
     def checkpoints(self) -> Path:
         """Where the study's weights are kept."""
-        return WEIGHTS / self.name
+        return WEIGHTS if self.name == "lab" else WEIGHTS / self.name
 
     def weights(self, name: str, folder=None) -> Path:
         """The file of a role's weights, in the study's folder or another; its card is beside it."""
         return Path(folder or self.checkpoints) / f"{name}.safetensors"
-
-    def training_data(self, role: TrainedRole, device) -> tuple:
-        """The data a role is trained on, and the images of its curve and of its card."""
-        raise NotImplementedError
 
     def model(self, name: str) -> nn.Module:
         """The network that plays a role, in evaluation mode."""
@@ -220,20 +187,12 @@ class Trained(Study):
         model = self._untrained(role)
         data, val, test = self.training_data(role, device)
         to_input = functools.partial(self.to_input, role=name)
-        curve = training.train(
-            model, role.recipe, data, (val.pixels, val.labels), folder, device, to_input=to_input
-        )
+        held_out = val.pixels, val.labels
+        curve = training.train(model, role.recipe, data, held_out, folder, device, to_input)
         model.load_state_dict(checkpoints.unpack(checkpoints.pack(model.cpu().state_dict())))
-        score = training.score(model, test.pixels, test.labels, to_input=to_input)
-        card = self._card(role, model, curve, round(score * len(test)), len(test))
-        card["device"] = records.device_name(device)
-        checkpoints.write(model, card, self.weights(name, into))
-        shutil.rmtree(folder, ignore_errors=True)
-        return card
-
-    def _card(self, role: TrainedRole, model: nn.Module, curve, right: int, n: int) -> dict:
-        low, high = training.accuracy_interval(right, n)
-        return {
+        right = training.score(model, test.pixels, test.labels, to_input=to_input) * len(test)
+        accuracy = intervals.share(round(right), len(test))
+        card = {
             "study": self.name,
             "role": role.name,
             "purpose": role.purpose,
@@ -241,17 +200,21 @@ class Trained(Study):
             "parameters": sum(p.numel() for p in model.parameters()),
             "multiply_adds": networks.multiply_adds(model, self.size.image),
             "recipe": dataclasses.asdict(role.recipe),
-            "accuracy": right / n,
-            "accuracy_interval": [round(low, 4), round(high, 4)],
-            "test_images": n,
+            "accuracy": accuracy.value,
+            "accuracy_interval": [round(accuracy.low, 4), round(accuracy.high, 4)],
+            "test_images": len(test),
             "weights": records.weights_hash(model),
             "seconds": round(curve[-1]["seconds"]),
+            "device": records.device_name(device),
             "provenance": records.provenance(),
             "curve": [
                 {key: round(point[key], 4) for key in ("images", "loss", "accuracy")}
                 for point in curve
             ],
         }
+        checkpoints.write(model, card, self.weights(name, into))
+        shutil.rmtree(folder, ignore_errors=True)
+        return card
 
     def is_trained(self, name: str, folder=None) -> bool:
         """Whether a folder holds a role's weights, trained by the recipe it has now."""
@@ -259,9 +222,8 @@ class Trained(Study):
         card = weights.with_suffix(".json")
         if not (weights.exists() and card.exists()):
             return False
-        told = json.loads(card.read_text(encoding="utf-8"))["recipe"]
         # Fields younger than a card have their defaults there.
-        then = dataclasses.asdict(type(recipe)()) | told
+        then = dataclasses.asdict(type(recipe)()) | json.loads(card.read_text())["recipe"]
         return then == json.loads(json.dumps(dataclasses.asdict(recipe)))
 
     @functools.cached_property
@@ -271,5 +233,5 @@ class Trained(Study):
         return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
     def those(self, *names: str) -> list[str]:
-        """Those of some roles that can be measured: it takes weights, unless it is untrained."""
+        # What was not trained needs no weights.
         return [name for name in names if name in self.baselines or name in self.cards]

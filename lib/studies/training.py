@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -20,38 +19,26 @@ SAVES = 20
 
 
 def train(
-    model: nn.Module,
-    recipe: Recipe,
-    data,
-    held_out,
-    folder,
-    device="cpu",
-    stop_after=None,
-    to_input=scenes.to_input,
-) -> list[dict]:
-    """Train a network in place; go on where an interrupted training stopped.
+    model: nn.Module, recipe: Recipe, data, held_out, folder, device="cpu",
+    to_input=scenes.to_input, stop_after: int | None = None,
+) -> list[dict]:  # fmt: skip
+    """Train a network in place, or go on where an interrupted training of it stopped.
 
     Parameters
     ----------
-    model : nn.Module
-        A freshly initialised network; its weights are replaced when there is something to resume.
-    recipe : Recipe
-        With the ``learner`` that it makes of the network.
     data : indexable by a tensor of indices
         Gives ``(uint8 pixels, labels)``; of length ``recipe.distinct``.
     held_out : (uint8 pixels, labels)
         Scored along the way for the curve; nothing is selected on it.
     folder : path
         Where the state is kept while training lasts.
-    stop_after : int, optional
-        Stop, resumably, after this many steps.
     to_input : callable
         Makes the network's input of uint8 pixels.
+    stop_after : int, optional
+        Stop, resumably, after this many steps.
 
-    Returns
-    -------
-    list of dict
-        The curve: ``images`` seen, training ``loss``, held-out ``accuracy``, ``seconds`` taken.
+    Returns the curve, a list of dicts: ``images`` seen, training ``loss``, held-out ``accuracy``,
+    ``seconds`` taken.
     """
     if len(data) != recipe.distinct:
         raise ValueError(f"the recipe wants {recipe.distinct} distinct images, got {len(data)}")
@@ -60,21 +47,17 @@ def train(
     state = _State(recipe.learner(model).to(device), recipe, Path(folder) / "state.pt", device)
     point, save = (max(1, recipe.steps // count) for count in (CURVE_POINTS, SAVES))
     end = recipe.end if stop_after is None else min(recipe.end, stop_after)
-    model = state.model
+    model, progress = state.model, tqdm(total=recipe.end, initial=state.step, unit="step")
     # On a CPU the fused kernel's backward pass is the slower one.
-    with (
-        unfused_attention(model),
-        tqdm(total=recipe.end, initial=state.step, unit="step") as progress,
-    ):
+    with unfused_attention(model), progress:
         model.train()
         while state.step < end:
             pixels, labels = data[_order(recipe, state.step)]
             state.take(pixels.to(device), labels.to(device), to_input)
             if state.step % point == 0 or state.step == recipe.end:
                 recipe.prepare(model, data, to_input)
-                accuracy = score(model, *held_out, device, to_input)
-                state.add_point(accuracy)
-                progress.set_postfix(accuracy=f"{accuracy:.3f}")
+                state.add_point(score(model, *held_out, device, to_input))
+                progress.set_postfix(accuracy=f"{state.curve[-1]['accuracy']:.3f}")
             if state.step % save == 0 or state.step == end:
                 state.save()
             progress.update()
@@ -92,33 +75,29 @@ class _State:
         self.fading = [module for module in model.modules() if hasattr(module, "skipless")]
         self.step, self.curve, self.loss_sum, self.since, self.seconds = 0, [], 0.0, 0, 0.0
         if path.exists():
-            self._load(torch.load(path, map_location=device, weights_only=True))
+            state = torch.load(path, map_location=device, weights_only=True)
+            if state["recipe"] != dataclasses.asdict(recipe):
+                raise ValueError(f"{path} belongs to another recipe; delete it to start again")
+            for part, saved in zip([model, *self.optimisers], state["parts"], strict=True):
+                part.load_state_dict(saved)
+            vars(self).update({name: state[name] for name in self.KEPT})
         self.began = time.monotonic() - self.seconds
-
-    def _load(self, state: dict) -> None:
-        if state["recipe"] != dataclasses.asdict(self.recipe):
-            raise ValueError(f"{self.path} belongs to another recipe; delete it to start again")
-        self.model.load_state_dict(state["model"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        vars(self).update({name: state[name] for name in self.KEPT})
 
     def save(self) -> None:
         self.seconds = time.monotonic() - self.began
         state = {name: getattr(self, name) for name in self.KEPT}
-        state |= {"recipe": dataclasses.asdict(self.recipe), "model": self.model.state_dict()}
-        state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
+        state["recipe"] = dataclasses.asdict(self.recipe)
+        state["parts"] = [part.state_dict() for part in (self.model, *self.optimisers)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".part")
         torch.save(state, partial)
         os.replace(partial, self.path)
 
     def take(self, pixels: Tensor, labels: Tensor, to_input) -> None:
-        """One step, on images (n, 3, h, w), uint8, and their labels (n,)."""
+        """One step, on uint8 images (n, 3, h, w) and their labels (n,)."""
         recipe, model = self.recipe, self.model
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.rate(self.step)
+        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
+            group["lr"] = recipe.rate(self.step)
         for block in self.fading:
             block.skip = recipe.skip(self.step)
         pixels = recipe.augmented(pixels, self.step)
@@ -156,21 +135,11 @@ def predict(model: nn.Module, pixels: Tensor, device="cpu", to_input=scenes.to_i
     return torch.cat(parts)
 
 
-def accuracy_interval(right: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of an accuracy."""
-    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
-    return interval.low, interval.high
-
-
 def _order(recipe: Recipe, step: int) -> Tensor:
-    """Indices of a step's images.
-
-    In the first epoch neighbours stay together and only the batches are shuffled, so that a set
-    which is drawn on demand is drawn piece by piece; from then on every image is.
-    """
+    """Indices of a step's images, of which every epoch shows each once, in an order of its own."""
     epoch, start = divmod(step * recipe.batch_size, recipe.distinct)
     within = torch.arange(recipe.batch_size)
-    if epoch == 0:
+    if epoch == 0:  # only batches are shuffled: a set drawn on demand is drawn piece by piece
         batches = _permutation(recipe.distinct // recipe.batch_size, recipe.seed, epoch)
         return batches[start // recipe.batch_size] * recipe.batch_size + within
     return _permutation(recipe.distinct, recipe.seed, epoch)[start + within]
