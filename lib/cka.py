@@ -13,7 +13,7 @@ import xarray as xr
 from torch import Tensor
 
 from lib.intervals import jackknife
-from lib.measure import Measurement
+from lib.measure import Measurement, home_of_float64
 
 ESTIMATORS = ("unbiased", "biased")
 COLUMNS = {True: 2**13, False: 2**20}  # of activations taken at a time, on a CPU and on a GPU
@@ -24,26 +24,19 @@ SMALLEST_BATCH = 4  # the unbiased HSIC divides by n (n - 3)
 def cka(x, y, estimator: str = "unbiased") -> float:
     """CKA of two sets of activations of the same n images.
 
-    Parameters
-    ----------
-    x, y : array or tensor (n, ...), any float type
-        Everything after the first axis is flattened.
-    estimator : {"unbiased", "biased"}
-        "biased" is the HSIC printed in the paper; it tends to 1 as layers get wider than n.
-
-    Returns
-    -------
-    float
-        1 for identical layers up to rotation, isotropic scaling and translation; about 0 for
-        independent ones, and then possibly below 0: nothing is clamped. NaN if a layer does not
-        vary over the images.
+    Of arrays or tensors (n, ...); everything after the first axis is flattened. It is 1 for layers
+    that are identical up to rotation, isotropic scaling and translation; about 0 for independent
+    ones, and then possibly below 0: nothing is clamped. NaN if a layer does not vary over the
+    images. The "biased" estimator is the HSIC printed in the paper; it tends to 1 as layers get
+    wider than n.
     """
     x, y = torch.as_tensor(x), torch.as_tensor(y)
     if len(x) != len(y):
         raise ValueError(f"CKA compares the same images in both; got {len(x)} and {len(y)}")
     _check(estimator)
     if len(x) < SMALLEST_BATCH:
-        raise ValueError(_too_small(len(x)))
+        why = f"a minibatch of {len(x)} images is too small for the unbiased HSIC"
+        raise ValueError(f"{why}, which needs 4 or more")
     gram_x, gram_y = centred_gram(x, estimator), centred_gram(y, estimator)
     return float((gram_x * gram_y).sum() / (gram_x.norm() * gram_y.norm()))
 
@@ -56,10 +49,9 @@ def centred_gram(x: Tensor, estimator: str = "unbiased") -> Tensor:
     over the images gives zeros.
     """
     x = x.flatten(1) if x.dim() > 1 else x[:, None]
-    if not x.is_floating_point():
-        x = x.double()
+    x = x if x.is_floating_point() else x.double()
     n, precision = len(x), torch.promote_types(x.dtype, torch.float32)
-    gram = torch.zeros(n, n, dtype=torch.float64, device=_home_of_float64(x.device))
+    gram = torch.zeros(n, n, dtype=torch.float64, device=home_of_float64(x.device))
     # Piece by piece everything stays in the processor's cache, and rounding errors cannot add up:
     # a piece is summed in the layer's precision, the pieces in float64.
     shared = False
@@ -87,7 +79,7 @@ def centre(gram: Tensor, estimator: str = "unbiased") -> Tensor:
     left out of everything (U-centring).
     """
     n = len(gram)
-    gram = gram.to(_home_of_float64(gram.device), torch.float64, copy=True)
+    gram = gram.to(home_of_float64(gram.device), torch.float64, copy=True)
     if estimator == "biased":
         return gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
     gram.fill_diagonal_(0)
@@ -96,24 +88,13 @@ def centre(gram: Tensor, estimator: str = "unbiased") -> Tensor:
     return gram.fill_diagonal_(0)
 
 
-def _home_of_float64(device: torch.device) -> torch.device:
-    """Where numbers on a device can be float64: Apple's GPUs have none."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 class MinibatchCKA(Measurement):
     """CKA between all taps of all networks, from minibatches of the same images.
 
-    Parameters
-    ----------
-    taps
-        See :class:`lib.measure.Measurement`.
-    estimator : {"unbiased", "biased"}
-        The biased one is here to show what it does.
-
-    Minibatches are weighed by their images. The published rule sums them plainly; of unequal ones
-    the weighted sum is the better estimator (root mean square error .016 against .024 for eight of
-    64 images and one of 8). Smaller than 4, they cannot be used.
+    The biased estimator is here to show what it does. Minibatches are weighed by their images. The
+    published rule sums them plainly; of unequal ones the weighted sum is the better estimator (root
+    mean square error .016 against .024 for eight of 64 images and one of 8). Smaller than 4, they
+    cannot be used.
     """
 
     smallest = SMALLEST_BATCH
@@ -124,7 +105,6 @@ class MinibatchCKA(Measurement):
         self.estimator = estimator
 
     def reduce(self, value: Tensor) -> Tensor:
-        """What a hook keeps of an activation: its centred Gram matrix."""
         return centred_gram(value, self.estimator)
 
     def make_room(self, reduced, images) -> None:
@@ -139,30 +119,21 @@ class MinibatchCKA(Measurement):
     def results(self) -> xr.Dataset:
         """The estimate and what its interval is made of.
 
-        Returns
-        -------
-        xarray.Dataset
-            ``cka``, ``low``, ``high`` (tap, other): estimate and 95 % interval (jackknife over
-            groups of minibatches); ``hsic`` (group, tap, other): the groups' summed HSICs.
+        ``cka``, ``low``, ``high`` (tap, other): estimate and 95 % interval (jackknife over groups
+        of minibatches); ``hsic`` (group, tap, other): the groups' summed HSICs.
         """
         hsic = self.hsic.cpu().numpy()
         found = jackknife(hsic, alignment)
-        own = zip(self.names, np.diag(found.value), strict=True)
-        if undefined := [name for name, value in own if np.isnan(value)]:
+        if undefined := np.array(self.names)[np.isnan(np.diag(found.value))].tolist():
             why = "constant over the images, or too few images to tell it from constant"
             if np.isnan(hsic).any():
                 why = "numbers that are not finite, from the network's weights or its input"
             warnings.warn(f"CKA is undefined for {', '.join(undefined)}: {why}", stacklevel=2)
         square = ("tap", "other")
-        return xr.Dataset(
-            {
-                "cka": (square, found.value),
-                "low": (square, found.low),
-                "high": (square, found.high),
-                "hsic": (("group", *square), hsic),
-            },
-            coords={"tap": self.names, "other": self.names},
-        )
+        ends = {"cka": found.value, "low": found.low, "high": found.high}
+        variables = {name: (square, values) for name, values in ends.items()}
+        variables["hsic"] = (("group", *square), hsic)
+        return xr.Dataset(variables, {"tap": self.names, "other": self.names})
 
 
 def alignment(hsic: np.ndarray) -> np.ndarray:
@@ -175,7 +146,3 @@ def alignment(hsic: np.ndarray) -> np.ndarray:
 def _check(estimator):
     if estimator not in ESTIMATORS:
         raise ValueError(f"there is no estimator {estimator!r}; use one of {', '.join(ESTIMATORS)}")
-
-
-def _too_small(n):
-    return f"a minibatch of {n} images is too small for the unbiased HSIC, which needs 4 or more"

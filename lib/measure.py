@@ -19,20 +19,14 @@ from lib.taps import TapError, tap_names, tapping
 class Measurement(Metric):
     """What is kept of some taps: sums over minibatches, in groups that give intervals.
 
-    A kind of it says what a hook keeps of a tensor (:meth:`reduce`, or :meth:`reducer` where that
-    depends on the network), which states there are (:meth:`make_room`), how a minibatch adds to
-    them (:meth:`add`), and what they come to (:meth:`results`). It keeps its constructor's
-    arguments under their own names. Its dimensions, beside ``tap``, ``other`` and ``group``, have
-    names that no other measurement uses, so that any set of measurements shares one pass.
+    A kind of it keeps its constructor's arguments under their own names. Its dimensions, beside
+    ``tap``, ``other`` and ``group``, have names that no other measurement uses, so that any set of
+    measurements shares one pass.
 
-    Parameters
-    ----------
-    taps : str, list of str, function of the network, or dict of these by role
-        See :func:`lib.taps.tap_names`. Roles that a dictionary lacks are not measured.
+    ``taps`` are as for :func:`lib.taps.tap_names`, or a dictionary of these by role; roles that it
+    lacks are not measured.
     """
 
-    full_state_update = True
-    is_differentiable = False
     groups = 20  # minibatches are dealt to so many; see measure()
     smallest = 1  # images of a minibatch that can be used
     needs: tuple[str, ...] = ()  # of the images, beside their pixels: "labels", "boxes"
@@ -49,12 +43,11 @@ class Measurement(Metric):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def reset(self) -> None:
-        """Forget all minibatches, and which taps they had."""
         super().reset()
         self.names = []
 
     def reduce(self, value: Tensor):
-        """What a hook keeps of a tap's value."""
+        """What a hook keeps of a tap's value; see also :meth:`reducer`."""
         raise NotImplementedError
 
     def reducer(self, model: nn.Module, names: Sequence[str], x: Tensor) -> Callable:
@@ -76,9 +69,8 @@ class Measurement(Metric):
         raise NotImplementedError
 
     def room(self, reduced: Mapping, **shapes: tuple[int, ...]) -> None:
-        """Add states of zeros, in float64, where the reduced values are (but Apple's GPUs)."""
-        device = next(iter(reduced.values())).device
-        device = "cpu" if device.type == "mps" else device
+        """Add states of zeros, in float64, where the reduced values are."""
+        device = home_of_float64(next(iter(reduced.values())).device)
         for name, shape in shapes.items():
             empty = torch.zeros(shape, dtype=torch.float64, device=device)
             self.add_state(name, empty, dist_reduce_fx="sum")
@@ -88,16 +80,10 @@ class Measurement(Metric):
         return len(kept)
 
     def update(self, reduced: Mapping, images=None, batch: int | None = None) -> None:
-        """Add one minibatch.
+        """Add one minibatch: by tap, what the hooks kept.
 
-        Parameters
-        ----------
-        reduced : mapping
-            By tap, what the hooks kept.
-        images : lib.studies.images.Images, optional
-            The minibatch, for measurements that need it.
-        batch : int, optional
-            Its number, which decides its group; by default they are counted.
+        Measurements may need the ``images`` themselves. The number of the ``batch`` decides its
+        group; by default minibatches are counted.
         """
         sizes = {name: self.size(kept) for name, kept in reduced.items()}
         n = next(iter(sizes.values())) if images is None else len(images)
@@ -109,23 +95,22 @@ class Measurement(Metric):
         if odd := sorted(set(reduced) ^ set(self.names)):
             raise ValueError(f"every minibatch must have the same taps; this differs in {odd}")
         if n < self.smallest:
-            warnings.warn(
-                f"a minibatch of {n} images is too small for {type(self).__name__}, which needs "
-                f"{self.smallest} or more; it is left out",
-                stacklevel=2,
-            )
+            least = f"{type(self).__name__}, which needs {self.smallest} or more; it is left out"
+            warnings.warn(f"a minibatch of {n} images is too small for {least}", stacklevel=2)
             return
         self.add((int(self.batches) if batch is None else batch) % self.groups, reduced, images)
         self.batches += 1
 
     def compute(self) -> xr.Dataset:
-        """The results, as :meth:`results` describes them."""
         if not self.batches:
-            raise ValueError(
-                f"{type(self).__name__} needs at least one minibatch of {self.smallest} images or "
-                "more, and none was added"
-            )
+            least = f"at least one minibatch of {self.smallest} images or more"
+            raise ValueError(f"{type(self).__name__} needs {least}, and none was added")
         return self.results()
+
+
+def home_of_float64(device: torch.device) -> torch.device:
+    """Where numbers on a device can be float64: Apple's GPUs have none."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def measure(
@@ -138,22 +123,15 @@ def measure(
     device="cpu",
     groups: int = 20,
 ) -> xr.Dataset:
-    """Run the networks of some roles over a study's images and measure them.
+    """Run the networks of some roles over a study's images and measure them, in float32.
 
     Parameters
     ----------
-    study : study
-        From :func:`lib.studies.load_study`, or anything with its methods.
-    roles : sequence of str
-        Which networks; all see the same images in the same order.
-    measurements : sequence of Measurement
-        Any set of them. What their hooks keep lives as long as one minibatch.
-    n_images, batch_size : int
-        A last minibatch may be smaller.
-    seed : int
-        Another seed measures on other images.
-    device : torch device
-        Networks are measured in float32 wherever they run.
+    roles, measurements
+        Any set of either; all see the same images in the same order. What the measurements' hooks
+        keep lives as long as one minibatch.
+    n_images, batch_size, seed : int
+        A last minibatch may be smaller. Another seed measures on other images.
     groups : int
         Minibatches are dealt to this many groups. Leaving out one after another gives intervals
         without ever repeating an image within a Gram matrix.
@@ -163,10 +141,8 @@ def measure(
     xarray.Dataset
         What the measurements computed, with each tap's ``role``, ``layer`` and whether it is the
         output of a ``block``; its attributes are its provenance. Taken from the cache if nothing
-        it depends on has changed.
-
-    Under ``torchrun`` minibatches are dealt to the processes and the measurements' states added up;
-    every process returns the record.
+        it depends on has changed. Under ``torchrun`` minibatches are dealt to the processes; every
+        process returns the record.
     """
     if n_images < 1 or batch_size < 1:
         raise ValueError(f"cannot measure {n_images} images in batches of {batch_size}")
@@ -189,18 +165,17 @@ def measure(
     # Everything that a number depends on. Asking for labels that there are not is an error.
     needs = {need: getattr(images, need) for one in measurements for need in one.needs}
     data = facts["images"], needs, batch_size, groups, torch.device(device).type
-    compute = functools.partial(
-        _measure, study, networks, measurements, images, batch_size, device, x
-    )
-    keep = records.keeper((networks, x, data, tuple(measurements), measure))
-    record = processes.together(keep, compute)
+    arguments = study, networks, measurements, images, batch_size, device, x
     facts |= study.facts(list(networks)) if hasattr(study, "facts") else {}
     made_by = {"device": records.device_name(device), "code": records.code_hash("lib.measure")}
-    record.attrs = records.provenance(**made_by, **facts)
-    return record
+    attrs = records.provenance(**made_by, **facts)
+    compute = functools.partial(_measure, *arguments, attrs)
+    keep = records.keeper((networks, x, data, tuple(measurements), measure))
+    # A record of the cache may have been made for another study of the same networks and images.
+    return processes.together(keep, compute).assign_attrs(attrs)
 
 
-def _measure(study, networks, measurements, images, batch_size, device, x):
+def _measure(study, networks, measurements, images, batch_size, device, x, attrs):
     share = processes.share(len(images) // batch_size)
     if share.idle:
         return None
@@ -221,11 +196,9 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
             reduced = [{} for _ in measurements]
             for role, model in networks.items():
                 progress.set_description(role)
-                names = [name for chosen in reducers[role] for name in chosen]
-                receive = functools.partial(
-                    _reduce, role, len(part), reducers[role], reduced, fired
-                )
-                if names:
+                chosen = reducers[role]
+                receive = functools.partial(_reduce, role, len(part), chosen, reduced, fired)
+                if names := [name for one in chosen for name in one]:
                     with _named(role, model), tapping(model, names, receive):
                         model(study.to_input(pixels, role))
                 progress.update()
@@ -236,7 +209,8 @@ def _measure(study, networks, measurements, images, batch_size, device, x):
     for axis in {"tap", "other"} & set(record.coords):
         known = set(record[axis].values.tolist())
         record = record.sel({axis: [tap for tap in fired if tap in known]})
-    return _label(record, networks) if "tap" in record.coords else record
+    record = _label(record, networks) if "tap" in record.coords else record
+    return record.assign_attrs(attrs)
 
 
 @contextlib.contextmanager
@@ -261,10 +235,8 @@ def _reducers(role, model, measurements, x) -> list[dict[str, Callable]]:
 def _reduce(role, n, reducers, reduced, fired, name, value):
     """Let every measurement that wants a tap keep what it needs of its value."""
     if len(value) != n:
-        raise TapError(
-            f"tap {name!r} has {len(value)} rows for {n} images: it mixes images with something "
-            "else, such as windows; tap a module around it"
-        )
+        why = "it mixes images with something else, such as windows; tap a module around it"
+        raise TapError(f"tap {name!r} has {len(value)} rows for {n} images: {why}")
     fired[f"{role}/{name}"] = None
     for chosen, kept in zip(reducers, reduced, strict=True):
         if name in chosen and (result := chosen[name](name, value)) is not None:
@@ -276,6 +248,5 @@ def _label(record, networks):
     role, layer = zip(*(tap.split("/", 1) for tap in record["tap"].values.tolist()), strict=True)
     outputs = {name: set(tap_names(model, "blocks")) for name, model in networks.items()}
     block = [one in outputs[which] for which, one in zip(role, layer, strict=True)]
-    return record.assign_coords(
-        role=("tap", list(role)), layer=("tap", list(layer)), block=("tap", block)
-    )
+    labels = {"role": list(role), "layer": list(layer), "block": block}
+    return record.assign_coords({name: ("tap", values) for name, values in labels.items()})

@@ -29,16 +29,9 @@ def use_style(study=None) -> None:
     """Set the book's style for all figures of a chapter, which show roles of a study."""
     global _study
     _study = study
-    rc = {
-        "figure.dpi": 90,
-        "savefig.dpi": 90,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "legend.frameon": False,
-        "font.size": 10,
-    }
+    rc = {"figure.dpi": 90, "savefig.dpi": 90, "figure.constrained_layout.use": True}
+    rc |= {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium"}
+    rc |= {"legend.frameon": False, "font.size": 10}
     sns.set_theme("notebook", style="ticks", palette=PALETTE, rc=rc)
 
 
@@ -65,15 +58,8 @@ def colour(role: str):
 def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, columns: int = 3):
     """CKA maps of pairs of roles, layers from input (lower left) to output, all on one scale.
 
-    Parameters
-    ----------
-    record : xarray.Dataset
-        With the variable ``cka``, from :func:`lib.measure.measure`.
-    pairs : tuples of two roles
-        One panel each: the first role's layers upwards, the second's to the right. Blank if the
-        record lacks one of them.
-    blocks : bool
-        Show the outputs of blocks only, instead of every tap.
+    A panel for each pair: the first role's layers upwards, the second's to the right. Blank if the
+    record lacks one of them. With ``blocks``, of the outputs of blocks only.
     """
     columns = min(columns, len(pairs))
     rows = -(-len(pairs) // columns)
@@ -83,8 +69,7 @@ def cka(record: xr.Dataset, *pairs: tuple[str, str], blocks: bool = False, colum
         axis.set_xlabel(name(right), size="small")
         axis.set_ylabel(name(up), size="small")
         if {up, right} <= set(record["role"].values.tolist()):
-            values = between(record, up, right, blocks=blocks)
-            heat(axis, values)
+            heat(axis, values := between(record, up, right, blocks=blocks))
             _mark_blocks(axis.xaxis, values["other"].values, blocks)
             _mark_blocks(axis.yaxis, values["tap"].values, blocks)
     for axis in axes.flat[len(pairs) :]:
@@ -102,10 +87,7 @@ def heat(axis, values) -> None:
 
 
 def show() -> None:
-    """Show a figure, with words in the panels in which there was nothing to draw.
-
-    So chapters can draw what NaN stands for, and what the study lacks, as anything else.
-    """
+    """Show a figure, with words in the panels in which there was nothing to draw."""
     axes = [a for a in plt.gcf().axes if a.axison and a.get_label() != "<colorbar>"]
     blank = [axis for axis in axes if not np.isfinite(axis.dataLim.get_points()).all()]
     for axis in blank:
@@ -114,6 +96,26 @@ def show() -> None:
         plt.close()
         nothing("networks that this study lacks")
     plt.show()
+
+
+def line(axis, role: str, x, values, style: str = "-", **look) -> None:
+    """A role's curve in its colour and with its name; an Estimate's has its interval as a band."""
+    look = {"color": colour(role), "label": name(role), "ms": 4} | look
+    axis.plot(x, getattr(values, "value", values), style, **look)
+    if hasattr(values, "low"):
+        axis.fill_between(x, values.low, values.high, color=look["color"], alpha=0.15, lw=0)
+
+
+def frame(axis, cell: int, side: int, size: int = 1, **look) -> None:
+    """A frame around a cell of a square grid, in an image with ``size`` pixels a cell."""
+    corner = (cell % side * size - 0.5, cell // side * size - 0.5)
+    axis.add_patch(plt.Rectangle(corner, size, size, fill=False, **look))
+
+
+def titles(axes, words) -> None:
+    """Small titles of a row of panels."""
+    for axis, title in zip(axes, words, strict=True):
+        axis.set_title(title, size="small")
 
 
 def legend_below(axis, columns: int) -> None:

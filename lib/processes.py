@@ -39,30 +39,22 @@ def joined(device="cpu"):
     try:
         yield device
     except RuntimeError as error:
-        if not _is_about_others(error):
+        # It may say no more than that another process is gone.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        raise RuntimeError(
-            "another process of this run has failed, see what it says; no record was written"
-        ) from error
+        why = "another process of this run has failed, see what it says; no record was written"
+        raise RuntimeError(why) from error
     finally:
         dist.destroy_process_group()
 
 
-def _is_about_others(error: RuntimeError) -> bool:
-    """Whether an error says no more than that another process is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The minibatches of this process: ``number in share``.
-
-    group : the processes that have minibatches, None if all have some
-    """
+    """The minibatches of this process: ``number in share``."""
 
     place: int
     of: int
-    group: object = None
+    group: object = None  # of the processes that have minibatches, None if all have some
 
     def __contains__(self, batch: int) -> bool:
         return batch % self.of == self.place
@@ -76,7 +68,7 @@ class Share:
 def share(full_batches: int) -> Share:
     """Deal minibatches, so that every process that has any has a full one.
 
-    Adding up the states of a metric needs all who take part, with the same states. So processes for
+    Adding up a metric's states needs all who take part, with the same states. So processes for
     which no minibatch is left, or only a last one that may be too small to use, take no part.
     """
     of = max(1, min(count(), full_batches))
@@ -92,23 +84,15 @@ def together(keep: Callable, compute: Callable):
     if count() == 1:
         return keep(compute)
     if rank() == 0:
-
-        def everywhere():
-            _tell("compute")
-            return compute()
-
-        result = keep(everywhere)
-        _tell("result", result)
-        return result
-    while True:
-        what, result = _tell()
-        if what == "result":
-            return result
+        result = keep(lambda: _tell("compute") and compute())
+        return _tell("result", result)[1]
+    while (told := _tell())[0] == "compute":
         compute()
+    return told[1]
 
 
 def _tell(*message):
-    """Process 0 tells the others something."""
+    """Process 0 tells the others something; what it told, in all."""
     box = [message]
     dist.broadcast_object_list(box, src=0)
-    return (*box[0], None)[:2]
+    return box[0]

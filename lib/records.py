@@ -86,11 +86,9 @@ def _keep(key: str, compute: Callable) -> xr.Dataset:
     try:
         save(record, path)
     except OSError as error:
-        warnings.warn(
-            f"the record could not be kept in {path.parent} ({error}); set VIT_SEE_CACHE to a "
-            "folder that can be written",
-            stacklevel=2,
-        )
+        advice = "set VIT_SEE_CACHE to a folder that can be written"
+        why = f"the record could not be kept in {path.parent} ({error}); {advice}"
+        warnings.warn(why, stacklevel=2)
         return record
     return load(path)  # what was written, so that the first run prints what every later one does
 
@@ -100,14 +98,11 @@ def save(record: xr.Dataset, path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Seven digits are more than any measurement has.
-    encoding = {
-        name: {"zlib": True, "complevel": 1, "shuffle": True, "dtype": "float32"}
-        for name, values in record.data_vars.items()
-        if values.dtype.kind == "f"
-    }
+    compressed = {"zlib": True, "complevel": 1, "shuffle": True, "dtype": "float32"}
+    floats = [name for name, values in record.data_vars.items() if values.dtype.kind == "f"]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        record.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        record.to_netcdf(temporary, engine="h5netcdf", encoding=dict.fromkeys(floats, compressed))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -122,29 +117,17 @@ def load(path) -> xr.Dataset:
 def between(record: xr.Dataset, rows: str, columns: str, *, blocks=False, variable="cka"):
     """The part of a square record that compares two roles, labelled with their layers.
 
-    Parameters
-    ----------
-    rows, columns : str
-        Roles, for instance ``"vit"`` and ``"resnet"``.
-    blocks : bool
-        Keep the outputs of blocks and residual units only.
-
-    Returns
-    -------
-    xarray.DataArray (..., tap, other)
+    ``rows`` and ``columns`` are roles; the array is (..., tap, other). With ``blocks`` it keeps the
+    outputs of blocks and residual units only.
     """
-    known = list(dict.fromkeys(record["role"].values.tolist()))
+    found = []
     for role in (rows, columns):
-        if role not in known:
+        if role not in (known := list(dict.fromkeys(record["role"].values.tolist()))):
             raise ValueError(f"this record has no role {role!r}; it has {', '.join(known)}")
-
-    def taps(role):
         keep = compared(record) & (record["role"].values == role)
-        return record["tap"][keep & record["block"].values if blocks else keep]
-
-    tap, other = taps(rows), taps(columns)
-    part = record[variable].sel(tap=tap.values, other=other.values)
-    part = part.drop_vars([name for name in part.coords if name not in ("tap", "other")])
+        found.append(record["tap"][keep & record["block"].values if blocks else keep])
+    tap, other = found
+    part = record[variable].sel(tap=tap.values, other=other.values).reset_coords(drop=True)
     return part.assign_coords(tap=tap["layer"].values, other=other["layer"].values)
 
 
@@ -155,20 +138,17 @@ def compared(record: xr.Dataset) -> np.ndarray:
 
 def provenance(**facts) -> dict[str, str]:
     """Attributes of a record: the given facts and the versions of what made it."""
-    versioned = {"python": platform.python_version(), **versions()}
     # Functions by their names: where one lies in memory differs from run to run.
     told = {name: re.sub(r"<function (\S+) at 0x\w+>", r"\1", str(v)) for name, v in facts.items()}
-    return versioned | told
+    return {"python": platform.python_version(), **versions()} | told
 
 
 def as_table(facts: dict):
     """Provenance as a table (HTML), for the end of a chapter."""
     from IPython.display import HTML
 
-    rows = {
-        name.replace("_", " "): re.sub("['\"]", "", str(value).strip("{}[]"))
-        for name, value in facts.items()
-    }
+    plain = {name: re.sub("['\"]", "", str(value).strip("{}[]")) for name, value in facts.items()}
+    rows = {name.replace("_", " "): value for name, value in plain.items()}
     with pd.option_context("display.max_colwidth", None):
         return HTML(pd.Series(rows).to_frame().to_html(header=False, border=0))
 
@@ -214,10 +194,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 def digest(value) -> str:
     """Hash of a value and of everything that it refers to.
 
-    Raises
-    ------
-    Unknown
-        For objects of packages other than those of this book: what they hold cannot be told.
+    Unknown is raised for objects of other packages: what they hold cannot be told.
     """
     return _sha256("\n".join(_written(value, set())), 24)
 
@@ -260,32 +237,26 @@ def _parts(value):
     for kind, of in PARTS.items():
         if isinstance(value, kind):
             return tuple(getattr(value, name) for name in of)
-    parts = None
     if isinstance(value, list | tuple):
-        parts = value
-    elif isinstance(value, set | frozenset):
-        parts = sorted(value, key=repr)
-    elif isinstance(value, dict):
-        parts = [part for pair in value.items() for part in pair]
-    elif isinstance(value, torch.nn.Module):
-        parts = [weights_hash(value)]
-        parts += [(name, type(one), _settings(one)) for name, one in value.named_modules()]
-    elif not isinstance(value, type | types.FunctionType) and (
-        dataclasses.is_dataclass(value)
-        or _is_the_books(type(value).__module__)
-        or _is_the_readers(type(value).__module__)
-    ):
-        parts = type(value), vars(value)
-    return parts
+        return value
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, dict):
+        return [part for pair in value.items() for part in pair]
+    if isinstance(value, torch.nn.Module):
+        modules = [(name, type(one), _settings(one)) for name, one in value.named_modules()]
+        return [weights_hash(value), *modules]
+    plain, made_by = isinstance(value, type | types.FunctionType), type(value).__module__
+    ours = dataclasses.is_dataclass(value) or _is_the_books(made_by) or _is_the_readers(made_by)
+    return (type(value), vars(value)) if ours and not plain else None
 
 
 def _settings(module: torch.nn.Module) -> dict:
     """What a module computes beside its weights and its parts."""
-    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    plain = {name: value for name, value in plain.items() if name not in NO_SETTINGS}
+    of = vars(module)
+    plain = {n: of[n] for n in of if not n.startswith("_") and n not in NO_SETTINGS}
     # Of the rest, parameters, buffers and modules have places of their own; hooks can do anything.
-    hooks = [vars(module)[kind].values() for kind in HOOKS]
-    return plain | {"hooks": [hook for one in hooks for hook in one]}
+    return plain | {"hooks": [hook for kind in HOOKS for hook in of[kind].values()]}
 
 
 def _source(thing) -> tuple:

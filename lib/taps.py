@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-INPUT = ":input"
+INPUT, SEQUENCES = ":input", nn.Sequential | nn.ModuleList
 Taps = str | Sequence[str] | Callable[[nn.Module], Sequence[str]]  # see tap_names()
 
 
@@ -28,24 +28,12 @@ def tapping(
 ) -> Iterator[list[str]]:
     """Hand every tapped tensor to ``receive(name, value)`` while the model runs.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Call it as ``model(x)`` inside the context. It is in evaluation mode there, and comes out
-        as it went in, whatever happens inside.
-    taps
-        See :func:`tap_names`; the context's value is the names, in the order of the modules.
-    receive : callable
-        Called with the tap's name and its value. Reduce or clone the value: the model may
-        overwrite it afterwards.
-    graph : bool
-        Hand over values that are still part of the graph, to take gradients of.
-
-    Raises
-    ------
-    TapError
-        If a name matches no module, or a tap does not fire, or fires more than once, in a forward
-        pass, or makes something other than one tensor.
+    Call it as ``model(x)`` inside the context. It is in evaluation mode there, and comes out as it
+    went in, whatever happens inside. The context's value is what :func:`tap_names` makes of
+    ``taps``. Reduce or clone a value on receipt: the model may overwrite it afterwards. With
+    ``graph`` it is still part of the graph, to take gradients of. A TapError is raised if a name
+    matches no module, or a tap does not fire, or fires more than once, in a forward pass, or makes
+    something other than one tensor.
     """
     names = tap_names(model, taps)
     modules = dict(model.named_modules())
@@ -56,27 +44,21 @@ def tapping(
             kind = type(value).__name__
             raise TapError(f"tap {name!r} makes a {kind}, not a tensor; tap a module inside it")
         if name in fired:
-            raise TapError(
-                f"tap {name!r} fired twice in one forward pass: its module is used more than once; "
-                "tap the modules around it instead"
-            )
+            why = "its module is used more than once; tap the modules around it instead"
+            raise TapError(f"tap {name!r} fired twice in one forward pass: {why}")
         fired.add(name)
         receive(name, value if graph else value.detach())
 
-    def forget(*_):
-        fired.clear()
-
     def complain(*_):
         if missing := [name for name in names if name not in fired]:
-            raise TapError(
-                f"tap {missing[0]!r} did not fire: {type(model).__name__} holds this module but "
-                f"does not call it ({len(missing)} of {len(names)} taps are silent)"
-            )
+            why = f"{type(model).__name__} holds this module but does not call it"
+            silent = f"{len(missing)} of {len(names)} taps are silent"
+            raise TapError(f"tap {missing[0]!r} did not fire: {why} ({silent})")
 
     with _as_it_was(model):
         model.eval()
         handles = [
-            model.register_forward_pre_hook(forget, prepend=True),
+            model.register_forward_pre_hook(lambda *_: fired.clear(), prepend=True),
             # Not always_call: if forward() raised, do not report silent taps as well.
             model.register_forward_hook(complain),
         ]
@@ -121,23 +103,20 @@ def tap_names(model: nn.Module, taps: Taps = "all") -> list[str]:
     """
     modules = dict(model.named_modules())
     taps = taps(model) if callable(taps) else taps
+    patterns = [taps] if isinstance(taps, str) else list(taps)
     if isinstance(taps, str) and taps in ("blocks", "branches", "all"):
         patterns = _ready_list(model, taps)
-    else:
-        patterns = [taps] if isinstance(taps, str) else list(taps)
     if not patterns:
         raise TapError("no tap is named")
-    order = {name: place for place, name in enumerate(modules)}
-    names: set[str] = set()
+    order, names = {name: place for place, name in enumerate(modules)}, set()
     for pattern in patterns:
         suffix = INPUT if pattern.endswith(INPUT) else ""
         glob = re.escape(pattern.removesuffix(INPUT)).replace(r"\*", r"[^.]+")
         found = [name + suffix for name in modules if name and re.fullmatch(glob, name)]
         if not found:
-            some = ", ".join(name for name in modules if name.count(".") == 0 and name)
-            raise TapError(
-                f"no module of {type(model).__name__} matches {pattern!r}; its parts are {some}"
-            )
+            parts = ", ".join(name for name, _ in model.named_children())
+            kind = type(model).__name__
+            raise TapError(f"no module of {kind} matches {pattern!r}; its parts are {parts}")
         names.update(found)
     # In the order of the modules; a module's input comes before what is inside it.
     return sorted(names, key=lambda name: (order[name.removesuffix(INPUT)], INPUT not in name))
@@ -168,60 +147,59 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 def _hook(module, name, fire):
     if not name.endswith(INPUT):
         return module.register_forward_hook(lambda _, args, output: fire(name, output))
+    return module.register_forward_pre_hook(lambda _, args: fire(name, args[0] if args else None))
 
-    def pre_hook(_, args):
-        fire(name, args[0] if args else None)
 
-    return module.register_forward_pre_hook(pre_hook)
+# Of the families that are known: the parts of a block by which one is told, its branches, what else
+# is inside, and what is around the blocks, of which "stream" is the input of the first.
+# (Windowed and post-norm transformers have other branches, and no place for a LayerScale.)
+# fmt: off
+FAMILIES = (
+    (["norm1", "attn", "ls1", "norm2", "mlp.fc2", "ls2"],  # ViT
+     ["attn|ls1", "norm2:input", "mlp|ls2"],
+     ["norm1", "attn", "norm2:input", "norm2", "mlp.fc2:input"], ["stream", "norm"]),
+    (["norm1", "mlp_tokens", "norm2", "mlp_channels.fc2"],  # Mixer
+     ["mlp_tokens", "norm2:input", "mlp_channels"],
+     ["norm1", "mlp_tokens", "norm2:input", "norm2", "mlp_channels.fc2:input"], ["stream", "norm"]),
+    # ResNet v1, of bottlenecks, and of basic units, in which act2 is the unit's output; v2 likewise
+    (["conv1", "bn1", "conv2", "bn2", "bn3"], ["bn3"],
+     ["conv1", "bn1", "act1", "conv2", "bn2", "conv3", "bn3", "downsample", "act2"],
+     ["conv1", "bn1", "act1", "maxpool"]),
+    (["conv1", "bn1", "conv2", "bn2"], ["bn2"],
+     ["conv1", "bn1", "act1", "conv2", "bn2", "downsample"], ["conv1", "bn1", "act1", "maxpool"]),
+    (["norm1", "conv1", "norm2", "conv2", "conv3"], ["conv3"],
+     ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3", "downsample"],
+     ["stem.conv", "stem.pool", "norm"]),
+    (["norm1", "conv1", "norm2", "conv2"], ["conv2"],
+     ["norm1", "conv1", "norm2", "conv2", "downsample"], ["stem.conv", "stem.pool", "norm"]),
+    ([], [], [], []),
+)
+# fmt: on
 
 
 def _ready_list(model: nn.Module, kind: str) -> list[str]:
-    """The taps of a ready list, as names relative to a block, for the families that are known."""
+    """The taps of a ready list."""
     modules, members = dict(model.named_modules()), _stage_members(model)
     if not members:
         raise TapError(f"{type(model).__name__} has no stages of blocks; name the taps yourself")
 
-    def has(*parts):
-        return all(f"{members[-1]}.{part}" in modules for part in parts)
+    def is_a_layer(name):  # timm fills gaps with Identity
+        module = modules.get(name.removesuffix(INPUT))
+        return module is not None and not isinstance(module, nn.Identity)
 
-    stream = f"{members[0]}{INPUT}"
-
-    def added(branch, scale):
-        """A branch ends in its LayerScale, if it has one."""
-        return scale if _is_a_layer(modules, f"{members[-1]}.{scale}") else branch
-
-    # (Windowed and post-norm transformers have other branches, and no place for a LayerScale.)
-    if has("norm1", "attn", "ls1", "norm2", "mlp.fc2", "ls2"):  # ViT
-        branches = [added("attn", "ls1"), "norm2:input", added("mlp", "ls2")]
-        inside = ["norm1", "attn", "norm2:input", "norm2", "mlp.fc2:input"]
-        around = [stream, "norm"]
-    elif has("norm1", "mlp_tokens", "norm2", "mlp_channels.fc2"):  # Mixer
-        branches = ["mlp_tokens", "norm2:input", "mlp_channels"]
-        inside = ["norm1", "mlp_tokens", "norm2:input", "norm2", "mlp_channels.fc2:input"]
-        around = [stream, "norm"]
-    elif has("conv1", "bn1", "conv2", "bn2"):  # ResNet v1
-        branches = ["bn3" if has("bn3") else "bn2"]
-        inside = ["conv1", "bn1", "act1", "conv2", "bn2", "conv3", "bn3", "downsample"]
-        inside += ["act2"] if has("bn3") else []  # of a basic unit this is the unit's output
-        around = ["conv1", "bn1", "act1", "maxpool"]
-    elif has("norm1", "conv1", "norm2", "conv2"):  # ResNet v2
-        branches = ["conv3" if has("conv3") else "conv2"]
-        inside = ["norm1", "conv1", "norm2", "conv2", "norm3", "conv3", "downsample"]
-        around = ["stem.conv", "stem.pool", "norm"]
-    else:
-        branches, inside, around = [], [], []
-
-    parts = {"blocks": [], "branches": branches, "all": inside}[kind]
-    wanted = [f"{member}.{part}" for member in members for part in parts] + members
+    branches, inside, around = next(
+        lists
+        for told, *lists in FAMILIES
+        if all(f"{members[-1]}.{part}" in modules for part in told)
+    )
+    wanted = list(members)
+    for part in {"blocks": [], "branches": branches, "all": inside}[kind]:
+        branch, _, scale = part.partition("|")  # a branch ends in its LayerScale, if it has one
+        part = scale if scale and is_a_layer(f"{members[-1]}.{scale}") else branch
+        wanted += [f"{member}.{part}" for member in members]
     if kind == "all":
-        wanted += around
-    return [name for name in wanted if _is_a_layer(modules, name)]
-
-
-def _is_a_layer(modules, name) -> bool:
-    """Whether the tap's module exists and does something (timm fills gaps with Identity)."""
-    module = modules.get(name.removesuffix(INPUT))
-    return module is not None and not isinstance(module, nn.Identity)
+        wanted += [f"{members[0]}{INPUT}" if name == "stream" else name for name in around]
+    return [name for name in wanted if is_a_layer(name)]
 
 
 def _stage_members(model: nn.Module) -> list[str]:
@@ -233,7 +211,7 @@ def _stage_members(model: nn.Module) -> list[str]:
             inner = f"{path}.{name}" if path else name
             if _holds_blocks(child):
                 visit(inner, child)
-            elif isinstance(module, nn.Sequential | nn.ModuleList) and any(
+            elif isinstance(module, SEQUENCES) and any(
                 list(part.parameters()) for part in child.children()
             ):
                 members.append(inner)
@@ -244,8 +222,6 @@ def _stage_members(model: nn.Module) -> list[str]:
 
 def _holds_blocks(module: nn.Module) -> bool:
     """A sequence of modules that each have parts of their own, or something around one."""
-    children = list(module.children())
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        return any(list(child.children()) for child in children)
-    sequences = [child for child in children if isinstance(child, nn.Sequential | nn.ModuleList)]
-    return any(map(_holds_blocks, sequences))
+    if isinstance(module, SEQUENCES):
+        return any(list(child.children()) for child in module)
+    return any(isinstance(child, SEQUENCES) and _holds_blocks(child) for child in module.children())

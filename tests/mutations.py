@@ -46,14 +46,14 @@ FAULTS = [
     Fault("intervals", "jackknife without g - 1", "np.var(left_out, axis=0) * (g - 1)", "np.var(left_out, axis=0)"),
     Fault("intervals", "jackknife keeps the group", "statistic(*(total - part[k] for", "statistic(*(part[k] for"),
     Fault("intervals", "not a number is an empty group", "(part != 0)", "np.nan_to_num(part)"),
-    Fault("intervals", "draws have no variance", "variance, value = over_draws + over_images", "variance, value = over_images"),
+    Fault("intervals", "draws have no variance", "/ draws if draws > 1 else 0.0", "* 0.0"),
     Fault("cka", "constant layers are not noticed", "        gram.zero_()\n", "        pass\n"),
     # Taps
     Fault("taps", "values keep their graph", "value if graph else value.detach()", "value"),
-    Fault("taps", "silence is no error", "raise TapError(\n                f\"tap {missing[0]!r} did", "print(\n                f\"tap {missing[0]!r} did"),
+    Fault("taps", "silence is no error", "raise TapError(f\"tap {missing[0]!r} did", "print(f\"tap {missing[0]!r} did"),
     Fault("taps", "firing twice is no error", "if name in fired:", "if False:"),
     Fault("taps", "hooks stay", "                handle.remove()\n", "                pass\n"),
-    Fault("taps", "the LayerScale is left out", "return scale if _is_a_layer", "return branch if _is_a_layer"),
+    Fault("taps", "the LayerScale is left out", "part = scale if scale and", "part = branch if scale and"),
     Fault("taps", "the model stays in evaluation mode", "module.training = training", "module.training = False"),
     Fault("taps", "attention stays unfused", "module.fused_attn = fused\n", "pass\n"),
     Fault("taps", "a glob reaches deeper", 'r"[^.]+")', 'r".+")'),
@@ -89,8 +89,8 @@ FAULTS = [
     Fault("measurements/receptive_field", "half a patch off", "(np.arange(-reach, reach + 1) - 0.5)", "np.arange(-reach, reach + 1)"),
     # Skip and branch
     Fault("measurements/sublayers", "missing LayerScale", "scale if not isinstance(getattr(block, scale), nn.Identity) else branch", "branch"),
-    Fault("measurements/norm_ratio", "ratio upside down", "z_norm / f_norm,", "f_norm / z_norm,"),
-    Fault("measurements/norm_ratio", "registers are patches", "values[..., prefix_tokens:]", "values[..., int(class_token):]"),
+    Fault("measurements/norm_ratio", "ratio upside down", "[z_norm / f_norm,", "[f_norm / z_norm,"),
+    Fault("measurements/norm_ratio", "registers are patches", "values[..., prefix:]", "values[..., int(class_token):]"),
     Fault("measurements/norm_ratio", "wrong axis of a feature map", "axis = 1 if skip.dim() == 4 else -1", "axis = -1"),
     Fault("measurements/norm_ratio", "cosine with the branch", "(zz + zf) / (z_norm * out_norm)", "zf / (z_norm * f_norm)"),
     # Tokens and places

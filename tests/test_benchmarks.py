@@ -9,14 +9,14 @@ import timm
 import torch
 
 from benchmarks import book, precision, public, shared
-from lib.site.run import RECORDS
+from lib.site import RESULTS
 
 NAMES = ("cost-cka", "cost-book", "cost-large", "cost-attention", "cost-precision", "cost-public")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_records_say_where_they_come_from_and_name_no_machine(name):
-    text = (RECORDS / f"{name}.json").read_text()
+    text = (RESULTS / f"{name}.json").read_text()
     record = json.loads(text)
     fields = {"what", "batch", "repeats", "threads", "processor", "versions", "date", "rows"}
     assert fields <= set(record)
@@ -39,7 +39,7 @@ def test_all_measurements_share_one_pass_and_their_shares_add_up():
     ("name", "study", "grows"), [("cost-book", book.Drawn, 4), ("cost-large", book.Large, 2)]
 )
 def test_the_record_of_the_book_has_a_share_for_every_measurement(name, study, grows):
-    record = json.loads((RECORDS / f"{name}.json").read_text())
+    record = json.loads((RESULTS / f"{name}.json").read_text())
     assert record["what"] == study.what
     study = study(1)
     names = [row["name"] for row in record["rows"]]
@@ -73,7 +73,7 @@ def test_counts_of_a_network_that_can_be_counted_by_hand():
 
 
 def test_the_public_record_has_every_network_of_the_studies_with_both_lists():
-    rows = json.loads((RECORDS / "cost-public.json").read_text())
+    rows = json.loads((RESULTS / "cost-public.json").read_text())
     found = [(row["model"], row["taps"]) for row in rows["rows"]]
     assert found == [(model, taps) for model in public.models() for taps in public.TAPS]
     for row in rows["rows"]:

@@ -11,7 +11,7 @@ from IPython.core.formatters import DisplayFormatter
 from lib.findings import CLAIMS, claims
 from lib.findings.claims import Judgement
 from lib.intervals import Estimate
-from lib.site import PUBLISHED, RESULTS, ROOT, board, results, verdicts
+from lib.site import PUBLISHED, RESULTS, ROOT, board, results
 
 ABOVE, BELOW = Estimate(0.8, 0.71234, 0.9), Estimate(-0.8, -0.9, -0.7)
 ABOVE_TOO = Estimate(0.5, 0.4, 0.6)
@@ -33,8 +33,7 @@ def carried(judgements):
 
 def chapter(*judgements, edition=results.EDITION):
     """A chapter's part of results.json."""
-    evidence = [results.evidence(plain) for plain in carried(judgements)]
-    return {"claims": evidence, "edition": edition}
+    return {"claims": carried(judgements), "edition": edition}
 
 
 @pytest.fixture
@@ -61,15 +60,14 @@ def row(html, key):
 
 def test_evidence_has_what_a_judgement_was_made_of():
     judgement = decide(CLAIMS["E01-uniform"], ABOVE, BELOW, ABOVE_TOO)
-    (found,) = map(results.evidence, carried([judgement]))
+    (found,) = carried([judgement])
     assert found == {
         "claim": "E01-uniform",
         "replicates": [[0.8, 0.712, 0.9], [-0.8, -0.9, -0.7]],
         "baselines": [[0.5, 0.4, 0.6]],
         "why": "",
     }
-    assert results.evidence(found) == found
-    (found,) = map(results.evidence, carried([Judgement(judgement.claim, missing="no boxes")]))
+    (found,) = carried([Judgement(judgement.claim, missing="no boxes")])
     assert (found["replicates"], found["baselines"], found["why"]) == ([], [], "no boxes")
 
 
@@ -103,17 +101,17 @@ def test_a_changed_threshold_changes_the_verdict_on_old_evidence(monkeypatch):
     import dataclasses
 
     (evidence,) = chapter(decide(CLAIMS["E01-uniform"], ABOVE, ABOVE, BELOW))["claims"]
-    assert verdicts.view(evidence, "").kind == "learned"
+    assert board.view(evidence, "").kind == "learned"
     stricter = dataclasses.replace(CLAIMS["E01-uniform"], threshold=0.95)
     monkeypatch.setitem(CLAIMS, "E01-uniform", stricter)
-    assert verdicts.view(evidence, "").kind == "against"
+    assert board.view(evidence, "").kind == "against"
 
 
 def test_a_reason_outweighs_numbers():
     """Numbers may be there though they decide nothing, as of heads that hardly differ."""
     evidence = {"claim": "E05-slope", "replicates": [[-0.8, -0.9, -0.7]], "baselines": []}
-    assert verdicts.view(evidence | {"why": ""}, "").kind == "holds"
-    view = verdicts.view(evidence | {"why": "heads hardly differ"}, "")
+    assert board.view(evidence | {"why": ""}, "").kind == "holds"
+    view = board.view(evidence | {"why": "heads hardly differ"}, "")
     assert view.kind == "unmeasurable"
     assert view.numbers == ("-0.800 [-0.900, -0.700]", "–", "–")
     assert "heads hardly differ" in view.badge
@@ -190,7 +188,7 @@ def test_studies_are_compared_claim_by_claim(made, kinds, kind):
 def test_every_kind_has_its_words(made):
     book = made(lab={})
     counts = board._templates().get_template("counts.html").module
-    for said, kinds in (("alone", verdicts.KINDS), ("together", verdicts.TOGETHER)):
+    for said, kinds in (("alone", board.KINDS), ("together", board.TOGETHER)):
         html = counts.counts(said, {kind: ["E01-uniform"] for kind in kinds})
         assert str(html).count("<b>1</b>") == len(kinds)
     listed = BeautifulSoup(book.render("summary"), "html.parser").select("details details li")

@@ -55,6 +55,7 @@ def test_every_direct_dependency_is_pinned_within_its_range(project, pins):
             assert wanted.specifier.contains(specifier.version, prereleases=True)
 
 
+@pytest.mark.slow
 # Debian 12's Python first: its patch release is older than what some packages ask for.
 @pytest.mark.parametrize(
     ("python", "system"),
@@ -170,3 +171,26 @@ def test_commands_of_workflows_exist(file):
         assert target in targets, target
     for path in re.findall(r"(?:\.github|tests|\.ci)/[\w./-]+(?:\.py|\.sh|/run)", text):
         assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_setup_with_uv_takes_pytorch_for_this_machine_where_it_can(reachable, tmp_path):
+    """A stand-in for uv notes its calls; it fails where PyTorch's own index would not answer."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    uv = tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(
+        "#!/bin/sh\n"
+        f'echo "${{UV_TORCH_BACKEND:-none}} $*" >> {tmp_path}/calls\n'
+        'case "$1 $UV_TORCH_BACKEND" in pip\\ ?*) exit ' + "10"[reachable] + ";; esac\n"
+    )
+    uv.chmod(0o755)
+    surroundings = os.environ | {"PATH": f"{uv.parent}{os.pathsep}{os.environ['PATH']}"}
+    surroundings.pop("UV_TORCH_BACKEND", None)
+    subprocess.run(["make", "setup"], cwd=tmp_path, env=surroundings, check=False)
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "venv " not in line]
+    pins = "pip install --python .venv/bin/python -r requirements.txt"
+    again = [] if reachable else [f"none {pins}"]
+    library = "none pip install --python .venv/bin/python --no-deps -e ."
+    assert calls == [f"auto {pins}", *again, library]

@@ -366,6 +366,20 @@ def test_help_imports_no_command(capsys):
 
 
 @pytest.mark.parametrize(
+    ("called", "name"), [("/bin/vit-see", "vit-see"), ("lib/__main__.py", "python -m lib")]
+)
+def test_help_names_the_command_as_it_was_called(called, name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [called])
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {name} [-h]")
+    assert f"\n  {name} execute --list  " in text
+    with pytest.raises(SystemExit):
+        main(["measure", "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {name} measure [-h] --out FILE")
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("64", 64),

@@ -11,7 +11,7 @@ import pytest
 
 from lib.findings import CLAIMS
 from lib.findings.claims import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
-from lib.site import PUBLISHED, ROOT, commands, measuring, results
+from lib.site import PUBLISHED, ROOT, commands, results
 from lib.studies import load_study
 
 PAGES = {
@@ -187,14 +187,14 @@ def test_bigger(capsys, tmp_path):
 def test_commands_on_the_page_are_understood(page, monkeypatch):
     """Those that need a hub, several machines or hours too."""
     seen = []
-    for module, name in ((measuring, "measure"), (measuring, "studies"), (commands, "execute")):
+    for name in ("measure", "studies", "execute"):
 
         def command(args):
             """Seen."""
             seen.append(args)
 
         command.__name__ = name
-        monkeypatch.setattr(module, name, command)
+        monkeypatch.setattr(commands, name, command)
     given = list(commands_on(page))
     for start, arguments in given:
         assert re.search(r"(\.venv/bin/python|torchrun .*) $", start)

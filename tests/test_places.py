@@ -288,3 +288,12 @@ def test_deep_layers_that_answer_everywhere_keep_the_layout_of_the_first():
     found = layouts(Deep(), ["blocks.0", "blocks.1"], draw(1, 3, 64, 64))
     assert found == {"blocks.0": Layout(), "blocks.1": Layout()}
     assert layouts(Deep(), ["blocks.1"], draw(1, 3, 64, 64)) == {"blocks.1": Layout()}
+
+
+def test_what_attention_adds_has_the_places_of_its_block():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", img_size=64).eval()
+        x = torch.rand(1, 3, 64, 64) * 2 - 1
+    taps = tap_names(model, ["blocks.*.attn", "blocks.*.mlp"])
+    assert set(layouts(model, taps, x).values()) == {Layout(1, True)}

@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from datetime import date
 
 import nbformat
@@ -16,7 +19,7 @@ from PIL import Image
 from lib import plots
 from lib.findings import CLAIMS, claims
 from lib.intervals import Estimate
-from lib.site import CHAPTERS, PUBLISHED, RESULTS, board, commands, extension, results, run
+from lib.site import CHAPTERS, PUBLISHED, RESULTS, ROOT, board, commands, extension, results, run
 from lib.site.commands import main
 from lib.studies.photographs import Photographs
 
@@ -270,6 +273,45 @@ def test_networks_are_those_of_the_cards(home):
     ]  # fmt: skip
 
 
+# What pages show of the committed results, as a program of its own and in this one.
+SHOWN = """
+import json
+from lib.site import PUBLISHED, extension
+pages = extension.Pages(PUBLISHED)
+for name in pages.chapters:
+    pages.read(None, f"chapters/{name}", [""])
+templates = ("scoreboard", "summary", "studies", "explorer", "networks")
+shown = [pages.switches, [pages.book.render(name) for name in templates]]
+text = json.dumps(shown, sort_keys=True)
+"""
+LACKING = [
+    "torch", "torchvision", "torchmetrics", "timm", "pandas", "scipy", "xarray", "seaborn",
+    "psutil", "matplotlib", "papermill", "msgspec", "safetensors", "huggingface_hub", "h5py",
+    "h5netcdf",
+]  # fmt: skip
+
+
+def test_pages_are_the_same_without_pytorch(tmp_path):
+    """Nor what else the group `site` of pyproject.toml lacks."""
+    lacking = f"""
+import importlib.machinery, sys
+finder = importlib.machinery.PathFinder
+find, lacking = finder.find_spec, {LACKING}
+finder.find_spec = lambda name, *at: None if name.split(".")[0] in lacking else find(name, *at)
+"""
+    told = tmp_path / "shown"
+    tell = f"open({str(told)!r}, 'w').write(text)\nprint({{*lacking}} & {{*sys.modules}})"
+    ran = subprocess.run(
+        [sys.executable, "-c", lacking + SHOWN + tell],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ran.stdout, ran.stderr) == ("set()\n", "")
+    names = {}
+    exec(SHOWN, names)
+    assert len(names["pages"].switches) >= 6
+    assert told.read_text() == names["text"]
+
+
 # On the command line ------------------------------------------------------------------------------
 
 
@@ -343,6 +385,13 @@ def test_committed_results_are_complete_and_name_no_machine():
         assert set(pictures) == drawn
         assert max(map(len, pictures.values())) <= results.LARGEST
         assert (path.parent / "cka.npz").exists()
+
+
+def test_published_chapters_carry_evidence():
+    for path in PUBLISHED.glob("*.ipynb"):
+        chapter, _ = results.of_chapter(json.loads(path.read_text(encoding="utf-8")), "lab")
+        for evidence in chapter["claims"]:
+            assert set(evidence) == {"claim", "replicates", "baselines", "why"}, path.name
 
 
 def test_cells_are_told_apart_by_their_code():

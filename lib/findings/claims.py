@@ -29,29 +29,18 @@ class NotMeasurable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A falsifiable sentence.
+    """A falsifiable sentence, and what decides on it."""
 
-    key       : short name, beginning with the experiment it belongs to
-    sentence  : what is claimed
-    source    : where the paper claims it
-    statistic : of a record and a cast, the :class:`~lib.intervals.Estimate` that decides; a cast
-                gives the name of the role that plays an arm. May raise :class:`NotMeasurable`
-    meaning   : what the statistic is, in words
-    threshold : the claim holds where the statistic is above it (below it, if ``below``)
-    arms      : the networks the statistic speaks of; ``"vit+1"`` is the next replicate of ``vit``
-    below     : the claim holds below its threshold
-    ours      : the book's own claim, which the paper does not make
-    """
-
-    key: str
+    key: str  # begins with the experiment
     sentence: str
-    source: str
+    source: str  # where the paper claims it
+    # Of a record and a cast, the role that plays each arm. May raise NotMeasurable.
     statistic: Callable[[object, dict[str, str]], Estimate]
-    meaning: str
-    threshold: float
-    arms: tuple[str, ...]
+    meaning: str  # of the statistic
+    threshold: float  # the claim holds where the statistic is above it (below it, if ``below``)
+    arms: tuple[str, ...]  # the statistic speaks of; "vit+1" is the next replicate of "vit"
     below: bool = False
-    ours: bool = False
+    ours: bool = False  # the paper does not make this claim
 
     @property
     def wording(self) -> str:
@@ -84,19 +73,9 @@ class Judgement:
     baselines: tuple[Estimate, ...] = ()
     missing: str = ""
 
-    @property
-    def verdict(self) -> str:
-        return self._decided[0]
-
-    @property
-    def why(self) -> str:
-        """What to make of the verdict, above all if untrained networks do the same."""
-        return self._decided[1]
-
-    @property
-    def trained(self) -> Estimate:
-        """The estimate of the first replicate."""
-        return self.replicates[0] if self.replicates else UNKNOWN
+    verdict = property(lambda self: self._decided[0])
+    why = property(lambda self: self._decided[1], doc="What to make of the verdict.")
+    trained = property(lambda self: (*self.replicates, UNKNOWN)[0], doc="Of the first replicate.")
 
     @property
     def _decided(self) -> tuple[str, str]:
@@ -110,8 +89,9 @@ class Judgement:
             return UNMEASURABLE, self.missing
         if verdicts[0] == UNMEASURABLE:
             undefined = not np.isfinite(self.trained.value)
-            why = "the statistic is undefined" if undefined else "too few minibatches"
-            return UNMEASURABLE, why
+            return UNMEASURABLE, (
+                "the statistic is undefined" if undefined else "too few minibatches"
+            )
         if verdicts[0] == INCONCLUSIVE:
             return INCONCLUSIVE, "the interval contains the threshold"
         if len(set(verdicts)) > 1:
@@ -121,17 +101,13 @@ class Judgement:
 
     def as_plain(self) -> dict:
         """The evidence for JSON, rounded as it is printed, so that it holds on every machine."""
-
-        def rounded(estimate):
-            parts = (estimate.value, estimate.low, estimate.high)
-            return [None if np.isnan(part) else float(f"{part:.3f}") for part in parts]
-
-        return {
-            "claim": self.claim.key,
-            "replicates": [rounded(one) for one in self.replicates],
-            "baselines": [rounded(one) for one in self.baselines],
-            "why": self.missing,
+        found = {"replicates": self.replicates, "baselines": self.baselines}
+        parts = {name: [dataclasses.astuple(one) for one in ones] for name, ones in found.items()}
+        plain = {
+            name: [[None if np.isnan(x) else float(f"{x:.3f}") for x in one] for one in ones]
+            for name, ones in parts.items()
         }
+        return {"claim": self.claim.key, **plain, "why": self.missing}
 
     @classmethod
     def from_plain(cls, claim: Claim, plain: dict) -> "Judgement":
@@ -144,14 +120,9 @@ class Judgement:
 
 
 def judge(claims: Sequence[Claim], record, study, roles: Collection[str]) -> list[Judgement]:
-    """The evidence on some claims.
+    """The evidence on some claims in ``record``, whatever their statistics take, of ``roles``.
 
-    Parameters
-    ----------
-    record : whatever the claims' statistics take
-        Of the networks of ``roles``.
-    study : lib.studies.study.Study
-        Whose roles play the arms. A replicate counts if all arms of a claim have it.
+    The study's roles play the arms. A replicate counts if all arms of a claim have it.
     """
     return [_judge(claim, record, study, roles) for claim in claims]
 
@@ -160,8 +131,8 @@ def _judge(claim, record, study, roles) -> Judgement:
     first = _cast(claim, study, roles, 0, True)
     if absent := [arm for arm, role in first.items() if not role]:
         name, _, further = absent[0].partition("+")
-        which = f"second network {name}" if further and first.get(name) else f"network {name}"
-        return Judgement(claim, missing=f"{NOT_MEASURED}: no {which}")
+        which = "second network" if further and first.get(name) else "network"
+        return Judgement(claim, missing=f"{NOT_MEASURED}: no {which} {name}")
     found = {True: [], False: []}
     try:
         for trained, estimates in found.items():
@@ -179,19 +150,13 @@ def _cast(claim, study, roles, replicate, trained) -> dict[str, str]:
     played = {}
     for arm in claim.arms:
         name, _, further = arm.partition("+")
-        known = _measured(study, name, trained, roles)
-        if replicate not in known or (further and len(known) == 1):
-            played[arm] = ""
-        else:
+        every = {k: study.find(name, k, trained) for k in range(MOST)}
+        known = {k: role.name for k, role in every.items() if role and role.name in roles}
+        played[arm] = ""
+        if replicate in known and not (further and len(known) == 1):
             place = list(known).index(replicate) + int(further or 0)
             played[arm] = list(known.values())[place % len(known)]
     return played
-
-
-def _measured(study, arm, trained, roles) -> dict[int, str]:
-    """Names of the roles of an arm that were measured, by replicate."""
-    every = {k: study.find(arm, k, trained) for k in range(MOST)}
-    return {k: role.name for k, role in every.items() if role and role.name in roles}
 
 
 def networks(study, *arms: str) -> list[str]:
@@ -209,11 +174,11 @@ def casts(study, *arms: str, complete: bool = False) -> dict[str, dict[str, str]
     """
     found = {}
     for column, which in COLUMNS.items():
-        roles = [study.find(arm, *which) for arm in arms]
-        names = [(study.those(role.name) or [""])[0] if role else "" for role in roles]
-        if all(names) or not complete:
-            found[column] = dict(zip(arms, names, strict=True))
-    return found
+        roles = {arm: study.find(arm, *which) for arm in arms}
+        found[column] = {
+            arm: (study.those(role.name) or [""])[0] if role else "" for arm, role in roles.items()
+        }
+    return {name: cast for name, cast in found.items() if all(cast.values()) or not complete}
 
 
 class Table(HTML):
@@ -233,21 +198,20 @@ def table(judgements: list[Judgement]) -> Table:
     """The claims of a chapter with their numbers and verdicts; the text may paste each verdict."""
     from myst_nb import glue
 
+    rows = []
     for one in judgements:
-        glue(one.claim.key, HTML(badge(one.verdict, one.why)), display=False)
-    columns = {
-        "measured [95 %]": lambda j: j.trained,
-        "other seed": lambda j: j.replicates[1] if len(j.replicates) > 1 else "–",
-        "untrained": lambda j: j.baselines[0] if j.baselines else "–",
-    }
-    rows = [
-        {"claim": f"<b>{j.claim.key}</b> {j.claim.wording}"}
-        | {name: str(of(j)) for name, of in columns.items()}
-        | {"verdict": badge(j.verdict, j.why)}
-        for j in judgements
-    ]
-    html = pd.DataFrame(rows).to_html(index=False, escape=False, classes="claims", border=0)
-    return Table(html, judgements)
+        verdict = badge(one.verdict, one.why)
+        glue(one.claim.key, HTML(verdict), display=False)
+        numbers = [
+            one.trained,
+            (*one.replicates, UNKNOWN, UNKNOWN)[1],
+            (*one.baselines, UNKNOWN)[0],
+        ]
+        words = f"<b>{one.claim.key}</b> {one.claim.wording}"
+        rows.append([words, *map(str, numbers), verdict])
+    head = ["claim", "measured [95 %]", "other seed", "untrained", "verdict"]
+    look = {"index": False, "escape": False, "classes": "claims", "border": 0}
+    return Table(pd.DataFrame(rows, columns=head).to_html(**look), judgements)
 
 
 def in_text(**numbers) -> None:
@@ -263,6 +227,4 @@ def in_text(**numbers) -> None:
 def badge(verdict: str, why: str = "") -> str:
     """A verdict as a labelled span, styled by the book's style sheet, and what to make of it."""
     css = "unmeasured" if verdict == UNMEASURABLE else verdict
-    return f'<span class="verdict-{css}">{verdict}</span>' + (
-        f" <small>{why}</small>" if why else ""
-    )
+    return f'<span class="verdict-{css}">{verdict}</span>' + f" <small>{why}</small>" * bool(why)

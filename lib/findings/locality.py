@@ -48,32 +48,27 @@ def spread(heads) -> float:
     return float(np.nanmax(heads["distance"]) / np.nanmin(heads["distance"]))
 
 
-def _of_heads(arm: str, taps: slice, statistic: Callable) -> Callable:
-    """A statistic of the heads of some blocks as one of a record."""
-    return lambda record, cast: attention.estimate(of_role(record, cast[arm], taps), statistic)
+def _of_heads(taps: slice, statistic: Callable) -> Callable:
+    """A statistic of the heads of some blocks of the ViT as one of a record."""
+    return lambda record, cast: attention.estimate(of_role(record, cast["vit"], taps), statistic)
 
 
 def less_data(few: str, amount: str) -> Claim:
     """The claim about the heads of a ViT that had less data, for the arm that had so little."""
 
     def statistic(record, cast):
-        pair = [of_role(record, cast[arm], TWO_LOWEST) for arm in (few, "vit")]
-        both = record.sel(tap=np.concatenate([part["tap"].values for part in pair]))
-        n = pair[0].sizes["tap"]
+        pair = [of_role(record, cast[arm], TWO_LOWEST)["tap"].values for arm in (few, "vit")]
+        n, both = len(pair[0]), record.sel(tap=np.concatenate(pair))
         return attention.estimate(
             both,
             lambda heads: np.nanmin(heads["relative"][:n]) - np.nanmin(heads["relative"][n:]),
         )
 
-    return Claim(
-        "E04-data",
-        "Trained on less data, a ViT looks less at what is near.",
-        "Fig. 4",
-        statistic,
-        f"least relative distance in the two lowest blocks, with {amount} of the images minus all,",
-        0.0,
-        (few, "vit"),
+    meaning = (
+        f"least relative distance in the two lowest blocks, with {amount} of the images minus all,"
     )
+    sentence = "Trained on less data, a ViT looks less at what is near."
+    return Claim("E04-data", sentence, "Fig. 4", statistic, meaning, 0.0, (few, "vit"))
 
 
 # What single heads resemble: records of HeadCKA ---------------------------------------------------
@@ -120,12 +115,12 @@ def judge_heads(record: xr.Dataset, study, roles) -> list[Judgement]:
 
     That on E05-slope decides nothing where the heads' distances are too close to sort heads by.
     """
-    found = {one.claim.key: one for one in judge(HEADS, record, study, roles)}
-    slope, factor = found["E05-slope"], spread(of_role(record, "vit", slice(1)))
+    *found, slope = judge(HEADS, record, study, roles)
+    factor = spread(of_role(record, "vit", slice(1)))
     if not slope.missing and factor < NEEDED_SPREAD:
         why = f"the heads' distances differ by a factor of {factor:.2f} only; it takes "
-        found["E05-slope"] = dataclasses.replace(slope, missing=f"{why}{NEEDED_SPREAD:g}")
-    return list(found.values())
+        slope = dataclasses.replace(slope, missing=f"{why}{NEEDED_SPREAD:g}")
+    return [*found, slope]
 
 
 # How wide layers see: records of receptive fields -------------------------------------------------
@@ -142,129 +137,67 @@ def layers(record: xr.Dataset, role: str, ending: str | tuple[str, ...] = "") ->
 def along(record, role, score: Callable, ending="", then: Callable = np.array) -> Estimate:
     """A score of the fields of a network's blocks or branches.
 
-    Parameters
-    ----------
-    score : callable
-        Of a field, its centre and the side of a cell, for instance :func:`half`.
-    then : callable
-        What the scores (taps,) come to; by default they are left as they are.
+    ``score`` is of a field, its centre and the side of a cell, for instance :func:`half`; ``then``
+    of the scores (taps,), which by default are left as they are.
     """
     names = layers(record, role, ending)
     own = record.sel(tap=names)
-    cells = own["cell"].values.tolist()
+    cells = dict(zip(names, own["cell"].values.tolist(), strict=True))
     return receptive_field.estimate(
-        own,
-        lambda found: then(
-            [score(*found[name], cell) for name, cell in zip(names, cells, strict=True)]
-        ),
+        own, lambda found: then([score(*found[name], cell) for name, cell in cells.items()])
     )
 
 
-def half(field: np.ndarray, centre: float, cell: float) -> float:
-    """Radius of the circle around a location that holds half of its field, in pixels."""
-    return radius(field, centre, 0.5)
+def holding(share: float) -> Callable:
+    """Radius, in pixels, of the circle around a location that holds a share of its field."""
+    return lambda field, centre, cell: radius(field, centre, share)
 
 
-def nine_tenths(field: np.ndarray, centre: float, cell: float) -> float:
-    """Radius of the circle around a location that holds nine tenths of its field, in pixels."""
-    return radius(field, centre, 0.9)
+half, nine_tenths = holding(0.5), holding(0.9)
 
 
 def upper_half(record: xr.Dataset, role: str, ending: str) -> Estimate:
     """How far the own patch leads, mean over one branch of the upper half of the blocks."""
-    return along(
-        record, role, dominance, ending, lambda scores: np.mean(scores[len(scores) // 2 :])
-    )
+    return along(record, role, dominance, ending, lambda leads: np.mean(leads[len(leads) // 2 :]))
 
 
 def _wider(record, cast):
-    vit, resnet = (layers(record, cast[arm]) for arm in ("vit", "resnet"))
+    both = [layers(record, cast[arm]) for arm in ("vit", "resnet")]
+    return receptive_field.estimate(
+        record.sel(tap=[*both[0], *both[1]]),
+        lambda found: widening(*([radius(*found[name]) for name in names] for names in both)),
+    )
 
-    def statistic(found):
-        return widening(*([radius(*found[name]) for name in names] for names in (vit, resnet)))
 
-    return receptive_field.estimate(record.sel(tap=vit + resnet), statistic)
-
-
-HEADS = [
-    Claim(
-        "E03-local",
-        "Some heads of the lowest blocks look at what is near.",
-        "Fig. 3",
-        _of_heads("vit", TWO_LOWEST, most_local),
-        "least distance of a head of the two lowest blocks, relative to uniform attention,",
-        0.5,
-        ("vit",),
-        below=True,
-    ),
-    Claim(
-        "E03-spread",
-        "Training moves heads of the first block away from the uniform distance.",
-        "Fig. 3",
-        _of_heads("vit", slice(1), departure),
-        "largest deviation of a head of the first block, relative to uniform attention,",
-        0.05,
-        ("vit",),
-        ours=True,
-    ),
-    Claim(
-        "E03-global",
-        "The heads of the last blocks all look far.",
-        "Fig. 3",
-        _of_heads("vit", TWO_LAST, most_local),
-        "least distance of a head of the two last blocks, relative to uniform attention,",
-        0.8,
-        ("vit",),
-    ),
+# fmt: off
+HEADS = [  # the last one is subject to NEEDED_SPREAD
+    Claim("E03-local", "Some heads of the lowest blocks look at what is near.", "Fig. 3",
+          _of_heads(TWO_LOWEST, most_local), "least distance of a head of the two lowest blocks, "
+          "relative to uniform attention,", 0.5, ("vit",), below=True),
+    Claim("E03-spread", "Training moves heads of the first block away from the uniform distance.",
+          "Fig. 3", _of_heads(slice(1), departure), "largest deviation of a head of the first "
+          "block, relative to uniform attention,", 0.05, ("vit",), ours=True),
+    Claim("E03-global", "The heads of the last blocks all look far.", "Fig. 3",
+          _of_heads(TWO_LAST, most_local), "least distance of a head of the two last blocks, "
+          "relative to uniform attention,", 0.8, ("vit",)),
     less_data("vit_data_03", "3 %"),
-    Claim(
-        "E05-slope",
-        "The nearer a first-block head looks, the more it resembles a ResNet's first units.",
-        "Fig. 5",
-        _slope,
-        "rank correlation of distance with CKA, neighbouring pairs of heads, largest of five "
-        "units,",
-        -0.5,
-        ("vit", "resnet"),
-        below=True,
-    ),
+    Claim("E05-slope", "The nearer a first-block head looks, the more it resembles a ResNet's "
+          "first units.", "Fig. 5", _slope, "rank correlation of distance with CKA, neighbouring "
+          "pairs of heads, largest of five units,", -0.5, ("vit", "resnet"), below=True),
 ]
 FIELDS = [
-    Claim(
-        "E06-wide",
-        "In the lower half a ViT sees more widely than a ResNet of equal relative depth.",
-        "Fig. 6",
-        _wider,
-        "least excess of the ViT's radius of 90 % of the field over the ResNet's, in pixels,",
-        0.0,
-        ("vit", "resnet"),
-    ),
-    Claim(
-        "E06-centre",
-        "At every depth a ViT's token answers most to its own patch.",
-        "Fig. 6",
-        lambda record, cast: along(record, cast["vit"], dominance, then=min),
-        "share of the field in the own patch minus the strongest other, least over blocks,",
-        0.0,
-        ("vit",),
-    ),
-    Claim(
-        "E07-attention",
-        "Without the skip, later attention layers no longer answer most to their own patch.",
-        "appendix C",
-        lambda record, cast: upper_half(record, cast["vit"], ".attn"),
-        "own patch minus strongest other, mean over attention branches of the upper half,",
-        0.0,
-        ("vit",),
-        below=True,
-    ),
-    Claim(
-        "E07-mlp",
-        "Without the skip, later MLPs still answer most to their own patch.",
-        "appendix C",
-        lambda record, cast: upper_half(record, cast["vit"], ".mlp"),
-        "own patch minus strongest other, mean over MLP branches of the upper half,",
-        0.0,
-        ("vit",),
-    ),
+    Claim("E06-wide", "In the lower half a ViT sees more widely than a ResNet of equal relative "
+          "depth.", "Fig. 6", _wider, "least excess of the ViT's radius of 90 % of the field over "
+          "the ResNet's, in pixels,", 0.0, ("vit", "resnet")),
+    Claim("E06-centre", "At every depth a ViT's token answers most to its own patch.", "Fig. 6",
+          lambda record, cast: along(record, cast["vit"], dominance, then=min), "share of the "
+          "field in the own patch minus the strongest other, least over blocks,", 0.0, ("vit",)),
+    Claim("E07-attention", "Without the skip, later attention layers no longer answer most to "
+          "their own patch.", "appendix C",
+          lambda record, cast: upper_half(record, cast["vit"], ".attn"), "own patch minus "
+          "strongest other, mean over attention branches of the upper half,", 0.0, ("vit",),
+          below=True),
+    Claim("E07-mlp", "Without the skip, later MLPs still answer most to their own patch.",
+          "appendix C", lambda record, cast: upper_half(record, cast["vit"], ".mlp"), "own patch "
+          "minus strongest other, mean over MLP branches of the upper half,", 0.0, ("vit",)),
 ]

@@ -10,14 +10,8 @@ import numpy as np
 import xarray as xr
 
 from lib.findings.claims import Claim, NotMeasurable
-from lib.findings.similarity import Maps, of_maps
+from lib.findings.similarity import Maps, of_maps, thirds
 from lib.intervals import Estimate, mean_of
-
-
-def thirds(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First, middle and last third of something by block, (blocks, ...)."""
-    third = max(1, round(len(curve) / 3))
-    return curve[:third], curve[third:-third], curve[-third:]
 
 
 def loss(maps: Maps, fewer: str, full: str = "vit", reference: str = "vit+1") -> np.ndarray:
@@ -36,12 +30,9 @@ def mean_loss(third: int, *arms: str) -> Callable[[xr.Dataset, dict], Estimate]:
 
 def late_loss(fewer: str) -> Callable[[xr.Dataset, dict], Estimate]:
     """Mean :func:`loss` of the last third of the blocks minus that of the first, of a record."""
-
-    def statistic(maps):
-        early, _, late = thirds(loss(maps, fewer))
-        return float(late.mean() - early.mean())
-
-    return of_maps(statistic)
+    return of_maps(
+        lambda maps: float(np.diff([part.mean() for part in thirds(loss(maps, fewer))[::2]])[0])
+    )
 
 
 def drift(maps: Maps, tuned: str, before: str = "vit") -> np.ndarray:
@@ -50,12 +41,10 @@ def drift(maps: Maps, tuned: str, before: str = "vit") -> np.ndarray:
 
 
 def early_drift(maps: Maps) -> float:
-    """Largest drift of a block of the first third, for the distant task."""
     return float(thirds(drift(maps, "vit_tuned_colour"))[0].max())
 
 
 def distant_drift(maps: Maps) -> float:
-    """Drift of the last third of the blocks for the distant task minus that for the related one."""
     distant, related = drift(maps, "vit_tuned_colour"), drift(maps, "vit_tuned_fine_textures")
     return float(thirds(distant - related)[2].mean())
 
@@ -63,9 +52,7 @@ def distant_drift(maps: Maps) -> float:
 def right(record: xr.Dataset, role: str, readout: str = "mean of patches") -> np.ndarray:
     """Whether the probes of each block of a network read each image's class rightly.
 
-    Returns
-    -------
-    array (blocks, draws, images) of 1 and 0; of NaN if the network does not have the read-out
+    1 and 0 (blocks, draws, images); NaN if the network does not have the read-out.
     """
     if "right" not in record:
         raise NotMeasurable("needs labels")
@@ -83,6 +70,7 @@ def gain(more: str, less: str) -> Callable[[xr.Dataset, dict], Estimate]:
     return lambda record, cast: mean_of(middle(record, cast[more]) - middle(record, cast[less]))
 
 
+# fmt: off
 DATA = [
     claim
     for end, fewer, share, less, little in (
@@ -90,77 +78,32 @@ DATA = [
         ("-03", "vit_data_03", "3 %", "very little", "very little"),
     )
     for claim in (
-        Claim(
-            f"E16-late{end}",
-            f"What {less} data costs a ViT, it costs in the later blocks.",
-            "Fig. 12",
-            late_loss(fewer),
-            f"loss of CKA with a full-data ViT, trained on {share}, last third of blocks minus "
-            "first,",
-            0.0,
-            (fewer, "vit", "vit+1"),
-        ),
-        Claim(
-            f"E16-early{end}",
-            f"The early blocks of a ViT need {little} data.",
-            "Fig. 12",
-            mean_loss(0, fewer),
-            f"loss of CKA with a full-data ViT, trained on {share}, first third of blocks,",
-            0.1,
-            (fewer, "vit", "vit+1"),
-            below=True,
-        ),
+        Claim(f"E16-late{end}", f"What {less} data costs a ViT, it costs in the later blocks.",
+              "Fig. 12", late_loss(fewer), "loss of CKA with a full-data ViT, trained on "
+              f"{share}, last third of blocks minus first,", 0.0, (fewer, "vit", "vit+1")),
+        Claim(f"E16-early{end}", f"The early blocks of a ViT need {little} data.", "Fig. 12",
+              mean_loss(0, fewer), f"loss of CKA with a full-data ViT, trained on {share}, first "
+              "third of blocks,", 0.1, (fewer, "vit", "vit+1"), below=True),
     )
 ]
-
 PROBES = [
-    Claim(
-        "E17-middle",
-        "More data makes the middle of a ViT more useful.",
-        "Fig. 13",
-        gain("vit", "vit_data_10"),
-        "probe accuracy of the middle third of blocks, all data minus 10 %,",
-        0.0,
-        ("vit", "vit_data_10"),
-    ),
-    Claim(
-        "E17-middle-03",
-        "More data than very little makes the middle of a ViT more useful.",
-        "Fig. 13",
-        gain("vit", "vit_data_03"),
-        "probe accuracy of the middle third of blocks, all data minus 3 %,",
-        0.0,
-        ("vit", "vit_data_03"),
-    ),
-    Claim(
-        "E18-middle",
-        "In the middle a ViT knows more than a ResNet at the same depth.",
-        "Fig. 13",
-        gain("vit", "resnet"),
-        "probe accuracy of the middle third of blocks or units, ViT minus ResNet,",
-        0.0,
-        ("vit", "resnet"),
-    ),
+    Claim(key, sentence, "Fig. 13", gain("vit", less),
+          f"probe accuracy of the middle third of {words}", 0.0, ("vit", less))
+    for key, sentence, less, words in (
+        ("E17-middle", "More data makes the middle of a ViT more useful.", "vit_data_10",
+         "blocks, all data minus 10 %,"),
+        ("E17-middle-03", "More data than very little makes the middle of a ViT more useful.",
+         "vit_data_03", "blocks, all data minus 3 %,"),
+        ("E18-middle", "In the middle a ViT knows more than a ResNet at the same depth.", "resnet",
+         "blocks or units, ViT minus ResNet,"),
+    )
 ]
-
 TUNED = [
-    Claim(
-        "E19-early",
-        "Trained further on another task, the early blocks of a ViT stay as they are.",
-        "appendix G",
-        of_maps(early_drift),
-        "largest 1 - CKA of the first third of blocks with themselves before, colour task,",
-        0.05,
-        ("vit", "vit_tuned_colour"),
-        below=True,
-    ),
-    Claim(
-        "E19-distant",
-        "The late blocks move more the more distant the task.",
-        "appendix G",
-        of_maps(distant_drift),
-        "1 - CKA of the last third of blocks with themselves before, colour minus textures,",
-        0.0,
-        ("vit", "vit_tuned_colour", "vit_tuned_fine_textures"),
-    ),
+    Claim("E19-early", "Trained further on another task, the early blocks of a ViT stay as they "
+          "are.", "appendix G", of_maps(early_drift), "largest 1 - CKA of the first third of "
+          "blocks with themselves before, colour task,", 0.05, ("vit", "vit_tuned_colour"),
+          below=True),
+    Claim("E19-distant", "The late blocks move more the more distant the task.", "appendix G",
+          of_maps(distant_drift), "1 - CKA of the last third of blocks with themselves before, "
+          "colour minus textures,", 0.0, ("vit", "vit_tuned_colour", "vit_tuned_fine_textures")),
 ]

@@ -23,15 +23,13 @@ class Maps:
     """
 
     def __init__(self, record: xr.Dataset, cast: dict[str, str]):
-        self._places, self._names = {}, {}
+        self._places, self._names, self._full = {}, {}, None
         for arm, role in cast.items():
             own = compared(record) & (record["role"].values == role)
             for blocks in (True, False):
-                places = np.flatnonzero(own & record["block"].values if blocks else own)
-                self._names[arm, blocks] = record["layer"].values[places].tolist()
-                taps = record["tap"].values[places]
-                self._places[arm, blocks] = record.indexes["other"].get_indexer(taps)
-        self._full = None
+                part = record["layer"][own & record["block"].values if blocks else own]
+                self._names[arm, blocks] = part.values.tolist()
+                self._places[arm, blocks] = record.indexes["other"].get_indexer(part["tap"].values)
 
     def of(self, hsic: np.ndarray) -> "Maps":
         """The maps of some HSICs (other, other)."""
@@ -39,16 +37,13 @@ class Maps:
         return self
 
     def __getitem__(self, pair: tuple[str, str]) -> np.ndarray:
-        return self._square(*pair, blocks=True)
+        return self._full[np.ix_(*(self._places[arm, True] for arm in pair))]
 
-    def all(self, rows: str, columns: str) -> np.ndarray:
-        return self._square(rows, columns, blocks=False)
+    def all(self, *pair: str) -> np.ndarray:
+        return self._full[np.ix_(*(self._places[arm, False] for arm in pair))]
 
     def layers(self, arm: str, blocks: bool = True) -> list[str]:
         return self._names[arm, blocks]
-
-    def _square(self, rows, columns, blocks):
-        return self._full[np.ix_(self._places[rows, blocks], self._places[columns, blocks])]
 
 
 def of_maps(statistic: Callable[[Maps], float]) -> Callable[[xr.Dataset, dict], Estimate]:
@@ -61,17 +56,22 @@ def of_maps(statistic: Callable[[Maps], float]) -> Callable[[xr.Dataset, dict], 
         if not set(cast.values()) <= set(record["role"].values.tolist()):
             return UNKNOWN
         # Taps of other measurements have NaN, by which a group without an image would count as one.
-        hsic = record["hsic"].sel(tap=record["other"].values).values
-        maps = Maps(record, cast)
+        hsic, maps = record["hsic"].sel(tap=record["other"].values).values, Maps(record, cast)
         return jackknife(hsic, lambda sums: statistic(maps.of(sums)))
 
     return estimate
 
 
+def thirds(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First, middle and last third of something by block, (blocks, ...)."""
+    third = max(1, round(len(curve) / 3))
+    return curve[:third], curve[third:-third], curve[-third:]
+
+
 def low_high(square: np.ndarray) -> float:
     """Mean CKA between the lowest and the highest third of a network's layers."""
-    third = max(1, round(len(square) / 3))
-    return float(np.nanmean(square[:third, -third:]))
+    lowest = thirds(square)[0]
+    return float(np.nanmean(lowest[:, -len(lowest) :]))
 
 
 def two_block_contrast(square: np.ndarray) -> float:
@@ -138,15 +138,11 @@ def _contrast(square: np.ndarray, labels: np.ndarray) -> float:
 def in_minibatches(grams: Mapping, size: int, estimator="unbiased", order=None) -> xr.Dataset:
     """CKA between layers, from minibatches of some size.
 
-    Parameters
-    ----------
-    grams : mapping
-        By layer, the Gram matrix (n, n) over all images; a minibatch's is a square of it.
-    order : tensor (n,), optional
-        Of the images.
+    ``grams`` has, by layer, the Gram matrix (n, n) over all images, of which a minibatch's is a
+    square; the images come in ``order``, a tensor (n,).
     """
     metric = MinibatchCKA(estimator=estimator)
-    order = torch.arange(_images(grams)) if order is None else order
+    order = torch.arange(len(next(iter(grams.values())))) if order is None else order
     for batch in order.split(size):
         metric.update({tap: centre(k[batch][:, batch], estimator) for tap, k in grams.items()})
     return metric.compute()
@@ -158,36 +154,23 @@ def batch_size_effect(
     """Largest change of any cell between minibatches of some size and all images at once.
 
     Of the mean over random orders of the images, with its interval over them; ``grams`` by role
-    and layer.
+    and layer, of the roles that were measured.
     """
-    layers = {tap: gram for role in cast.values() for tap, gram in grams[role].items()}
-    n = _images(layers)
+    layers = {tap: gram for role in cast.values() for tap, gram in grams.get(role, {}).items()}
+    n = len(next(iter(layers.values())))
     if n < 2 * size:
         raise NotMeasurable(f"needs at least two minibatches of {size}")
     at_once = in_minibatches(layers, n, estimator)["cka"].values
     orders = (torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in range(ORDERS))
     maps = [in_minibatches(layers, size, estimator, order)["cka"].values for order in orders]
-    found = jackknife(
-        (np.stack(maps), np.ones(ORDERS)),
-        lambda total, count: np.abs(total / count - at_once).max(),
-    )
+    sums = np.stack(maps), np.ones(ORDERS)
+    found = jackknife(sums, lambda total, count: np.abs(total / count - at_once).max())
     return Estimate(found.value, max(0.0, found.low), found.high)
 
 
-def _images(grams) -> int:
-    return len(next(iter(grams.values())))
-
-
+# fmt: off
 MINIBATCHES = [
-    Claim(
-        "E23-batch-size",
-        "The size of the minibatch does not matter to CKA.",
-        "appendix A",
-        batch_size_effect,
-        "largest change of any cell between minibatches of 128 and all images at once",
-        0.02,
-        ("vit", "resnet"),
-        below=True,
-        ours=True,
-    )
+    Claim("E23-batch-size", "The size of the minibatch does not matter to CKA.", "appendix A",
+          batch_size_effect, "largest change of any cell between minibatches of 128 and all images "
+          "at once", 0.02, ("vit", "resnet"), below=True, ours=True),
 ]

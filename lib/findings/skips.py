@@ -46,6 +46,11 @@ def halves(curve: np.ndarray, skip_first: bool = True) -> np.ndarray:
     return np.array([curve[int(skip_first) : half].mean(), curve[half:].mean()])
 
 
+def rise(curve: np.ndarray, skip_first: bool = True) -> float:
+    """By how much a curve over blocks is higher in the second half."""
+    return float(np.diff(halves(curve, skip_first))[0])
+
+
 def class_over_patches(curves: Curves, quantity: str = "ratio", skip_first: bool = True):
     """By how much the class token's ratio lies above the patches', early and late (2,)."""
     above = by_block(curves, "class", quantity) - by_block(curves, "patch", quantity)
@@ -55,8 +60,7 @@ def class_over_patches(curves: Curves, quantity: str = "ratio", skip_first: bool
 def crossing(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -> float:
     """How far the class token's ratio lies above the patches' early, and below them late.
 
-    The smaller of the two in :func:`class_over_patches`, so that it is positive only if the curves
-    cross.
+    The smaller of the two, so that it is positive only if the curves cross.
     """
     early, late = class_over_patches(curves, quantity, skip_first)
     return float(min(early, -late))
@@ -65,13 +69,11 @@ def crossing(curves: Curves, quantity: str = "ratio", skip_first: bool = True) -
 def above_resnet(curves: Curves, quantity: str = "median") -> float:
     """Median over the ViT's sub-layers of how far its patches' ratio exceeds the ResNet's.
 
-    At equal relative depth; positive if it does at most depths. The ResNet's curve is interpolated
-    between its units, without those whose skip is a projection; NaN if all are. Of medians, because
-    a ResNet's branch adds nothing at all where every channel is cut off by its ReLU, and one such
-    location makes the mean infinite.
+    At equal relative depth; the ResNet's curve is interpolated between its units, without those
+    whose skip is a projection; NaN if all are. Of medians, because a ResNet's branch adds nothing
+    at all where every channel is cut off by its ReLU: one such location makes the mean infinite.
     """
-    vit = np.log2(curves("vit", quantity=quantity))
-    resnet = np.log2(curves("resnet", quantity=quantity))
+    vit, resnet = (np.log2(curves(arm, quantity=quantity)) for arm in ("vit", "resnet"))
     identity = ~curves.projected("resnet")
     if not identity.any():
         return np.nan
@@ -80,22 +82,16 @@ def above_resnet(curves: Curves, quantity: str = "median") -> float:
 
 
 def class_changes_late(curves: Curves) -> float:
-    """By how much the class token's ratio is lower in the second half of the blocks."""
-    return -float(np.diff(halves(by_block(curves, "class")))[0])
+    return -rise(by_block(curves, "class"))
 
 
 def class_changes_by_mlp(curves: Curves) -> float:
-    """By how much the class token's ratio is lower at the MLPs of the second half of the blocks.
-
-    Lower than at the attentions of the same blocks, that is.
-    """
     attention, mlp = (np.log2(curves("vit", sub, "class")) for sub in ("attention", "mlp"))
     return float(halves(attention - mlp)[1])
 
 
 def patches_align(curves: Curves) -> float:
-    """By how much the patches' cosine of z with z + f(z) is higher in the second half of blocks."""
-    return float(np.diff(halves(by_block(curves, "patch", "cosine"), skip_first=False))[0])
+    return rise(by_block(curves, "patch", "cosine"), skip_first=False)
 
 
 def patches_aligned(curves: Curves) -> float:
@@ -104,8 +100,7 @@ def patches_aligned(curves: Curves) -> float:
 
 
 def class_turns(curves: Curves) -> float:
-    """By how much the class token's cosine of z with z + f(z) is lower in the second half."""
-    return -float(np.diff(halves(by_block(curves, "class", "cosine")))[0])
+    return -rise(by_block(curves, "class", "cosine"))
 
 
 # Networks without the skips of a block ------------------------------------------------------------
@@ -117,32 +112,30 @@ def partition(evidence, cast: dict[str, str]) -> Estimate:
     ``evidence`` is a record of CKA and the study of its networks, which tells where the cut is.
     """
     record, study = evidence
-    intact, without = cast.values()
-    _learned(study, without)
-    block = study.role(without).cut
-    difference = of_maps(
-        lambda maps: across(maps["vit", "vit"], block) - across(maps[CUT, CUT], block)
-    )
-    return difference(record, {"vit": intact, CUT: without})
+    _refuse_chance(study, cast[CUT])
+    block = study.role(cast[CUT]).cut
+    of = of_maps(lambda maps: across(maps["vit", "vit"], block) - across(maps[CUT, CUT], block))
+    return of(record, cast)
 
 
 def accuracy_lost(evidence, cast: dict[str, str]) -> Estimate:
     """Accuracy, intact minus cut, with Newcombe's interval for a difference of proportions."""
     _, study = evidence
-    _learned(study, cast[CUT])
+    _refuse_chance(study, cast[CUT])
     if not set(cast.values()) <= study.cards.keys():
         return UNKNOWN  # an untrained network has no accuracy to lose
     p, q = (accuracy(study, role) for role in cast.values())
     lost = p.value - q.value
-    below = np.hypot(p.value - p.low, q.high - q.value)
-    above = np.hypot(p.high - p.value, q.value - q.low)
+    below, above = (
+        np.hypot(p.value - p.low, q.high - q.value),
+        np.hypot(p.high - p.value, q.value - q.low),
+    )
     return Estimate(lost, lost - below, lost + above)
 
 
 def accuracy(study, role: str) -> Estimate:
     """The accuracy on a network's card, with its Wilson interval."""
-    card = study.cards[role]
-    return Estimate(card["accuracy"], *card["accuracy_interval"])
+    return Estimate(study.cards[role]["accuracy"], *study.cards[role]["accuracy_interval"])
 
 
 def learned(study, role: str) -> bool:
@@ -150,99 +143,43 @@ def learned(study, role: str) -> bool:
     return accuracy(study, role).high > 2 / len(study.classes)
 
 
-def _learned(study, role):
+def _refuse_chance(study, role):
     if study.role(role).trained and not learned(study, role):
         raise NotMeasurable("without these skips the network did not learn")
 
 
 CUT = "vit_no_skip_middle"
 
+# fmt: off
 CURVES = [
-    Claim(
-        "E08-crossing",
-        "Early, the class token is carried by the skips more than the patches are; late, less.",
-        "Fig. 7",
-        of_curves(crossing),
-        "class token's over patches' norm ratio, in doublings: the smaller of how far above in "
-        "the first half of the blocks and how far below in the second,",
-        0.0,
-        ("vit",),
-    ),
-    Claim(
-        "E08-above-resnet",
-        "The skips of a ViT carry more, relative to the branches, than those of a ResNet.",
-        "Fig. 7",
-        of_curves(above_resnet),
-        "norm ratio of patches over that of the ResNet's locations at equal depth, in "
-        "doublings, median over depths,",
-        0.0,
-        ("vit", "resnet"),
-    ),
-    Claim(
-        "E09-class-late",
-        "The class token is changed late.",
-        "Fig. E.1",
-        of_curves(class_changes_late),
-        "class token's norm ratio in the first over that in the second half, in doublings,",
-        0.0,
-        ("vit",),
-    ),
-    Claim(
-        "E09-class-mlp",
-        "What changes the class token late is mostly the MLP.",
-        "Fig. E.1",
-        of_curves(class_changes_by_mlp),
-        "class token's norm ratio at attentions over that at MLPs of the second half, in "
-        "doublings,",
-        0.0,
-        ("vit",),
-    ),
-    Claim(
-        "E10-patches-rise",
-        "The direction of patch tokens is changed less and less with depth.",
-        "Fig. E.2",
-        of_curves(patches_align),
-        "cosine of skip and output for patches, second half of the blocks minus first,",
-        0.0,
-        ("vit",),
-    ),
-    Claim(
-        "E10-patches-end",
-        "In the end it is hardly changed at all.",
-        "Fig. E.2",
-        of_curves(patches_aligned),
-        "cosine of skip and output for patches in the last block",
-        0.9,
-        ("vit",),
-    ),
-    Claim(
-        "E10-class-falls",
-        "The direction of the class token is changed more and more with depth.",
-        "Fig. E.2",
-        of_curves(class_turns),
-        "cosine of skip and output for the class token, first half of the blocks minus second,",
-        0.0,
-        ("vit",),
-    ),
+    Claim("E08-crossing", "Early, the class token is carried by the skips more than the patches "
+          "are; late, less.", "Fig. 7", of_curves(crossing), "class token's over patches' norm "
+          "ratio, in doublings: the smaller of how far above in the first half of the blocks and "
+          "how far below in the second,", 0.0, ("vit",)),
+    Claim("E08-above-resnet", "The skips of a ViT carry more, relative to the branches, than those "
+          "of a ResNet.", "Fig. 7", of_curves(above_resnet), "norm ratio of patches over that of "
+          "the ResNet's locations at equal depth, in doublings, median over depths,", 0.0,
+          ("vit", "resnet")),
+    Claim("E09-class-late", "The class token is changed late.", "Fig. E.1",
+          of_curves(class_changes_late), "class token's norm ratio in the first over that in the "
+          "second half, in doublings,", 0.0, ("vit",)),
+    Claim("E09-class-mlp", "What changes the class token late is mostly the MLP.", "Fig. E.1",
+          of_curves(class_changes_by_mlp), "class token's norm ratio at attentions over that at "
+          "MLPs of the second half, in doublings,", 0.0, ("vit",)),
+    Claim("E10-patches-rise", "The direction of patch tokens is changed less and less with depth.",
+          "Fig. E.2", of_curves(patches_align), "cosine of skip and output for patches, second "
+          "half of the blocks minus first,", 0.0, ("vit",)),
+    Claim("E10-patches-end", "In the end it is hardly changed at all.", "Fig. E.2",
+          of_curves(patches_aligned), "cosine of skip and output for patches in the last block",
+          0.9, ("vit",)),
+    Claim("E10-class-falls", "The direction of the class token is changed more and more with "
+          "depth.", "Fig. E.2", of_curves(class_turns), "cosine of skip and output for the class "
+          "token, first half of the blocks minus second,", 0.0, ("vit",)),
 ]
-
 WITHOUT_SKIPS = [
-    Claim(
-        "E11-partition",
-        "Without the skips of a middle block, the layers before and after it are unlike.",
-        "Fig. 8",
-        partition,
-        "mean CKA of blocks before the cut with those after, intact minus cut,",
-        0.1,
-        ("vit", CUT),
-    ),
-    Claim(
-        "E11-accuracy",
-        "Without the skips of a middle block, a ViT is less accurate.",
-        "Fig. 8",
-        accuracy_lost,
-        "accuracy, intact minus cut,",
-        0.0,
-        ("vit", CUT),
-    ),
+    Claim("E11-partition", "Without the skips of a middle block, the layers before and after it "
+          "are unlike.", "Fig. 8", partition, "mean CKA of blocks before the cut with those after, "
+          "intact minus cut,", 0.1, ("vit", CUT)),
+    Claim("E11-accuracy", "Without the skips of a middle block, a ViT is less accurate.", "Fig. 8",
+          accuracy_lost, "accuracy, intact minus cut,", 0.0, ("vit", CUT)),
 ]

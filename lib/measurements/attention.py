@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from torch import Tensor, nn
 
@@ -34,14 +33,11 @@ def attention_taps(model: nn.Module) -> list[str]:
     """
     kind = type(model).__name__
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    prefix = getattr(model, "num_prefix_tokens", None)
     maps = r"blocks\.\d+\.attn\.attn_drop"
     names = [name for name, _ in model.named_modules() if re.fullmatch(maps, name)]
-    if not names or grid is None or prefix is None:
-        raise TapError(
-            f"{kind} has no attention of every token to every other, so its attention has no "
-            "distance: measure it of Vision Transformers only"
-        )
+    if not names or grid is None or not hasattr(model, "num_prefix_tokens"):
+        why = "has no attention of every token to every other, so its attention has no distance"
+        raise TapError(f"{kind} {why}: measure it of Vision Transformers only")
     if grid[0] != grid[1]:
         raise TapError(f"{kind} has {grid[0]} x {grid[1]} patches; the grid must be square")
     return names
@@ -54,25 +50,15 @@ def cell_distances(side: int) -> Tensor:
 
 
 def uniform_distance(side: int, patch_size: float = 1.0, window: int | None = None) -> float:
-    """The distance, in pixels, of a head that looks at all patches alike.
+    """The distance, in pixels, of a head that looks at all patches of a square grid alike.
 
-    Parameters
-    ----------
-    side : int
-        Of the square grid of patches.
-    patch_size : float
-        In pixels.
-    window : int, optional
-        Odd. Look only at the ``window`` x ``window`` patches around the query, as far as they lie
-        within the image.
+    Or at the ``window`` x ``window`` patches around the query alone, an odd number, as far as they
+    lie within the image. ``patch_size`` is in pixels.
     """
-    distance = cell_distances(side).double()
+    distance, cells = cell_distances(side).double(), torch.arange(side**2)
     seen = torch.ones_like(distance)
-    if window is not None:
-        rows = torch.arange(side**2) // side
-        columns = torch.arange(side**2) % side
-        near = [(axis[:, None] - axis).abs() <= window // 2 for axis in (rows, columns)]
-        seen = (near[0] & near[1]).double()
+    for axis in (cells // side, cells % side) if window is not None else ():
+        seen *= (axis[:, None] - axis).abs() <= window // 2
     return float(patch_size * ((seen * distance).sum(1) / seen.sum(1)).mean())
 
 
@@ -83,12 +69,6 @@ class AttentionDistance(Measurement):
     averaged over queries and images, in pixels of the image. Attention to class and register tokens
     has no distance. It is left out and reported apart, and the remaining weights are scaled to sum
     to 1: otherwise a head that gives half its mass to the class token would seem half as far.
-
-    Parameters
-    ----------
-    taps : function, dict by role, str or list of str
-        What :func:`lib.measure.measure` taps: attention maps (n, heads, tokens, tokens). By
-        default :func:`attention_taps`, which refuses networks that have none.
     """
 
     needs = ("boxes",)
@@ -97,16 +77,14 @@ class AttentionDistance(Measurement):
         super().__init__(taps)
 
     def reducer(self, model, names, x):
-        """As :meth:`reduce`, with as many tokens before the patches as the network has."""
         blocks = [name.partition(".attn.")[0] for name in names]
         where = layouts(model, blocks[:1], x)[blocks[0]]
         return lambda name, value: self.reduce(value, where.prefix)
 
     def reduce(self, value: Tensor, prefix: int = 0) -> dict[str, Tensor]:
-        """What a hook keeps of attention maps (n, heads, tokens, tokens): no map, only its sums.
+        """Of attention maps (n, heads, tokens, tokens) sums alone, distances in patches.
 
-        ``prefix`` tokens stand before the patches. Distances are in patches. ``keys`` (n, heads,
-        patches) is how much attention every patch gets.
+        ``keys`` (n, heads, patches) is how much attention every patch gets.
         """
         side = _side(value, prefix)
         value = value if value.dtype in (torch.float32, torch.float64) else value.float()
@@ -115,10 +93,8 @@ class AttentionDistance(Measurement):
         elsewhere = value[:, :, prefix:, :prefix].sum(-1)
         off = (mass + elsewhere - 1).abs().max()
         if not off < 1e-2:
-            raise TapError(
-                f"the rows of an attention map must sum to 1, and here one is off by {off:.2g}: "
-                "this is no softmax over tokens"
-            )
+            sums = f"the rows of an attention map must sum to 1, and here one is off by {off:.2g}"
+            raise TapError(f"{sums}: this is no softmax over tokens")
         # Contracted without a temporary of the maps' size.
         moment = torch.einsum("nhij,ij->nhi", maps, cell_distances(side).to(maps))
         square = torch.linalg.vector_norm(maps, dim=-1).square()
@@ -137,13 +113,11 @@ class AttentionDistance(Measurement):
         return len(kept["keys"])
 
     def make_room(self, reduced, images) -> None:
-        size, self.sides, self.patch_sizes = images.pixels.shape[-1], [], []
-        for place, parts in enumerate(reduced.values()):
-            heads, patches = parts["keys"].shape[1:]
-            self.sides.append(math.isqrt(patches))
-            self.patch_sizes.append(size / self.sides[-1])
-            empty = torch.zeros(self.groups, len(SUMS), heads, dtype=torch.float64)
-            self.add_state(f"sums_{place}", empty, dist_reduce_fx="sum")
+        heads, patches = zip(*(parts["keys"].shape[1:] for parts in reduced.values()), strict=True)
+        self.sides = [math.isqrt(n) for n in patches]
+        self.patch_sizes = [images.pixels.shape[-1] / side for side in self.sides]
+        empty = torch.zeros(self.groups, len(heads), len(SUMS), max(heads), dtype=torch.float64)
+        self.add_state("sums", empty, dist_reduce_fx="sum")
 
     def add(self, group, reduced, images) -> None:
         for place, name in enumerate(self.names):
@@ -155,48 +129,30 @@ class AttentionDistance(Measurement):
             parts["object_area"] = covered.mean(1, keepdim=True).expand(len(keys), keys.shape[1])
             parts["images"] = torch.ones_like(parts["rows"])
             sums = torch.stack([parts[quantity].double().sum(0).cpu() for quantity in SUMS])
-            state = getattr(self, f"sums_{place}")
-            state[group] += sums.to(state.device)
+            self.sums[group, place, :, : keys.shape[1]] += sums.to(self.sums.device)
 
     def results(self) -> xr.Dataset:
         """The heads' distances and what their intervals are made of.
 
-        Returns
-        -------
-        xarray.Dataset
-            Of every ``tap`` and ``head`` (NaN where a network has fewer heads): ``distance`` in
-            pixels with its 95 % interval, ``distance_low`` and ``distance_high``; the same
-            ``unnormalised``, with the mass on class and register tokens counted as distance 0;
-            ``prefix_mass``, that mass; ``patches``, how many patches a query looks at, the inverse
-            of the sum of squared weights; ``common``, the distance if every query of an image took
-            what its average query takes, so that a head with the same distance aims at places and
-            not at what is near; ``object_mass``, the share of attention that falls on
-            the box around the image's object, and ``object_area``, the share of the image it
-            covers. Of every tap: ``uniform``, the distance of uniform attention, and
-            ``patch_size``, in pixels. ``head_sums`` (group, tap, head_sum, head): see
-            :func:`estimate`.
+        Of every ``tap`` and ``head`` (NaN where a network has fewer heads): ``distance`` in pixels
+        with its 95 % interval, ``distance_low`` and ``distance_high``; the same ``unnormalised``,
+        with the mass on class and register tokens counted as distance 0; ``prefix_mass``, that
+        mass; ``patches``, how many patches a query looks at, the inverse of the sum of squared
+        weights; ``common``, the distance if every query of an image took what its average query
+        takes, so that a head with the same distance aims at places and not at what is near;
+        ``object_mass``, the share of attention that falls on the box around the image's object, and
+        ``object_area``, the share of the image it covers. Of every tap: ``uniform``, the distance
+        of uniform attention, and ``patch_size``, in pixels. ``head_sums`` (group, tap, head_sum,
+        head): see :func:`estimate`.
         """
-        states = [getattr(self, f"sums_{place}").cpu() for place in range(len(self.names))]
-        heads = max(state.shape[-1] for state in states)
-        padded = [F.pad(state, (0, heads - state.shape[-1])) for state in states]
-        sums = torch.stack(padded, dim=1).numpy()
-        uniform = [
-            uniform_distance(side, patch)
-            for side, patch in zip(self.sides, self.patch_sizes, strict=True)
-        ]
-        record = xr.Dataset(
-            {
-                "head_sums": (("group", "tap", "head_sum", "head"), sums),
-                "uniform": ("tap", uniform),
-                "patch_size": ("tap", self.patch_sizes),
-            },
-            coords={"tap": self.names, "head_sum": list(SUMS), "head": np.arange(heads)},
-        )
-        means = {name: (("tap", "head"), value) for name, value in heads_of(record).items()}
+        coords = {"tap": self.names, "head_sum": list(SUMS), "head": np.arange(self.sums.shape[-1])}
+        uniform = map(uniform_distance, self.sides, self.patch_sizes)
+        taps = {"uniform": ("tap", list(uniform)), "patch_size": ("tap", self.patch_sizes)}
+        sums = (("group", "tap", "head_sum", "head"), self.sums.cpu().numpy())
+        record = xr.Dataset({"head_sums": sums, **taps}, coords)
         found = estimate(record, lambda heads: heads["distance"])
-        means["distance_low"] = (("tap", "head"), found.low)
-        means["distance_high"] = (("tap", "head"), found.high)
-        return record.assign(means)
+        means = heads_of(record) | {"distance_low": found.low, "distance_high": found.high}
+        return record.assign({name: (("tap", "head"), value) for name, value in means.items()})
 
 
 def heads_of(record: xr.Dataset, sums: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -211,28 +167,17 @@ def heads_of(record: xr.Dataset, sums: np.ndarray | None = None) -> dict[str, np
     images, rows = (np.where(total[n] > 0, total[n], np.nan) for n in ("images", "rows"))
     patch_size, uniform = (record[n].values[:, None] for n in ("patch_size", "uniform"))
     distance = patch_size * total["distance"] / rows
-    return {
-        "distance": distance,
-        "relative": distance / uniform,
-        "unnormalised": patch_size * total["unnormalised"] / images,
-        "common": patch_size * total["common"] / rows,
-        "prefix_mass": total["prefix_mass"] / images,
-        "patches": total["patches"] / rows,
-        "object_mass": total["object_mass"] / rows,
-        "object_area": total["object_area"] / images,
-    }
+    found = {"distance": distance, "relative": distance / uniform}
+    found["unnormalised"] = patch_size * total["unnormalised"] / images
+    found["common"] = patch_size * total["common"] / rows
+    found |= {name: total[name] / images for name in ("prefix_mass", "object_area")}
+    return found | {name: total[name] / rows for name in ("patches", "object_mass")}
 
 
 def estimate(record: xr.Dataset, statistic: Callable[[dict[str, np.ndarray]], float]) -> Estimate:
-    """A statistic of heads with its interval over images.
+    """A statistic of what :func:`heads_of` returns with its interval over images.
 
-    Parameters
-    ----------
-    record : xarray.Dataset
-        From :class:`AttentionDistance`. Select the taps that the statistic speaks of.
-    statistic : callable
-        Of what :func:`heads_of` returns, for instance
-        ``lambda heads: np.nanmin(heads["relative"])``.
+    Select the taps that it speaks of. ``lambda heads: np.nanmin(heads["relative"])`` is one.
     """
     return jackknife(record["head_sums"].values, lambda sums: statistic(heads_of(record, sums)))
 
@@ -240,15 +185,12 @@ def estimate(record: xr.Dataset, statistic: Callable[[dict[str, np.ndarray]], fl
 def _side(maps: Tensor, prefix: int) -> int:
     """Side of the patch grid of attention maps with some tokens before the patches."""
     if maps.dim() != 4 or maps.shape[2] != maps.shape[3]:
-        raise TapError(
-            f"a tensor of shape {tuple(maps.shape)} is no attention map; it must be "
-            "(images, heads, tokens, tokens)"
-        )
+        wanted = "it must be (images, heads, tokens, tokens)"
+        raise TapError(f"a tensor of shape {tuple(maps.shape)} is no attention map; {wanted}")
     side = math.isqrt(maps.shape[2] - prefix)
     if side**2 != maps.shape[2] - prefix:
-        raise TapError(
-            f"{maps.shape[2]} tokens, {prefix} of them before the patches, are no square grid"
-        )
+        tokens = f"{maps.shape[2]} tokens, {prefix} of them before the patches"
+        raise TapError(f"{tokens}, are no square grid")
     return side
 
 

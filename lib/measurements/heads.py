@@ -34,10 +34,9 @@ def head_contexts(value: Tensor, heads: int, prefix: int = 0) -> Tensor:
     The ``prefix`` tokens before the patches are left out.
     """
     if value.dim() != 3 or value.shape[-1] % heads:
-        raise ValueError(
-            f"a tensor of shape {tuple(value.shape)} is no context of {heads} heads: tap the input "
-            "of the attention's projection (n, tokens, heads * width)"
-        )
+        advice = "tap the input of the attention's projection (n, tokens, heads * width)"
+        shape = f"a tensor of shape {tuple(value.shape)}"
+        raise ValueError(f"{shape} is no context of {heads} heads: {advice}")
     return value[:, prefix:].unflatten(-1, (heads, -1)).permute(2, 0, 1, 3)
 
 
@@ -46,12 +45,7 @@ class HeadCKA(MinibatchCKA):
 
     As a baseline, pixels are averaged over windows of patches around every place, from one patch
     to the whole image: what heads would compute that took from around themselves without choice.
-
-    Parameters
-    ----------
-    taps
-        See :class:`lib.measure.Measurement`. Contexts (:func:`head_taps`) are cut into heads,
-        feature maps are compared as they are.
+    Contexts (:func:`head_taps`) are cut into heads, feature maps are compared as they are.
     """
 
     grid = 0  # side of the ViT's, for the baseline
@@ -78,27 +72,22 @@ class HeadCKA(MinibatchCKA):
         return reduce
 
     def update(self, reduced, images=None, batch=None) -> None:
-        """Add one minibatch, as :meth:`lib.measure.Measurement.update` does."""
         singles = {}
         for name, grams in reduced.items():
-            singles |= {name: grams} if grams.dim() == 2 else _numbered(name, grams)
+            heads = {f"{name}/{number}": gram for number, gram in enumerate(grams)}
+            singles |= {name: grams} if grams.dim() == 2 else heads
         if self.grid:
             pixels = images.pixels.to(next(iter(singles.values())).device, torch.float32)
             patches = F.pixel_unshuffle(pixels, pixels.shape[-1] // self.grid)
-            singles |= {
-                f"pixels/{window}": centred_gram(window_means(patches, window))
-                for window in range(1, 2 * self.grid, 2)
-            }
+            for window in range(1, 2 * self.grid, 2):
+                singles[f"pixels/{window}"] = centred_gram(window_means(patches, window))
         super().update(singles, images, batch)
 
     def results(self) -> xr.Dataset:
         """What every CKA of sets of heads can be had from.
 
-        Returns
-        -------
-        xarray.Dataset
-            ``head_hsic`` (group, part, other_part): sums per group of minibatches. Parts are heads
-            (``role/tap/head``), layers (``role/tap``) and the baseline (``pixels/window``).
+        ``head_hsic`` (group, part, other_part): sums per group of minibatches. Parts are heads
+        (``role/tap/head``), layers (``role/tap``) and the baseline (``pixels/window``).
         """
         record = super().results()[["hsic"]]
         return record.rename(hsic="head_hsic", tap="part", other="other_part")
@@ -118,22 +107,11 @@ def sliding_windows(distance: Sequence[float], size: int) -> list[np.ndarray]:
 def subset_cka(
     hsic: np.ndarray, subsets: Sequence[Sequence[int]], others: Sequence[int]
 ) -> np.ndarray:
-    """CKA (subsets, others) of concatenated parts with other parts.
+    """CKA (subsets, others) of concatenated parts with other parts, given by their places.
 
-    Parameters
-    ----------
-    hsic : array (parts, parts)
-        Sum over groups of :meth:`HeadCKA.compute`'s ``head_hsic``.
-    subsets : sequence of sequences of int
-        Places of the parts that are taken together.
-    others : sequence of int
-        Places of the parts they are compared with.
+    ``hsic`` (parts, parts) is the sum over groups of ``head_hsic``.
     """
     together = np.zeros((len(subsets) + len(others), len(hsic)))
     for row, members in enumerate([*subsets, *([other] for other in others)]):
         together[row, list(members)] = 1
     return alignment(together @ hsic @ together.T)[: len(subsets), len(subsets) :]
-
-
-def _numbered(name: str, grams: Tensor) -> dict[str, Tensor]:
-    return {f"{name}/{number}": gram for number, gram in enumerate(grams)}

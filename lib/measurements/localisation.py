@@ -37,11 +37,9 @@ def common_grid(sides, most: int) -> int:
     sides = sorted(set(sides))
     found = max(k for k in range(1, max(1, most) + 1) if not any(side % k for side in sides))
     if found == 1:
-        raise ValueError(
-            f"grids of {' and '.join(map(str, sides))} cells a side have nothing in common: "
-            "compare networks whose patches fit into each other, or crop the pictures so that "
-            "they do"
-        )
+        advice = "networks whose patches fit into each other, or crop the pictures so that they do"
+        grids = f"grids of {' and '.join(map(str, sides))} cells a side"
+        raise ValueError(f"{grids} have nothing in common: compare {advice}")
     return found
 
 
@@ -61,8 +59,7 @@ def token_grams(cells: Tensor) -> Tensor:
     one product of matrices, where :func:`lib.cka.centred_gram` takes them one by one.
     """
     x = cells.transpose(0, 1).contiguous()
-    if not x.is_floating_point():
-        x = x.double()
+    x = x if x.is_floating_point() else x.double()
     resolution = torch.finfo(x.dtype).eps
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     energy = x.square().sum((1, 2))
@@ -88,20 +85,14 @@ def own_hsic(grams: Tensor) -> Tensor:
 class Localisation(Measurement):
     """CKA between every token of the tapped layers and every patch of the input image.
 
-    Parameters
-    ----------
-    taps
-        See :class:`lib.measure.Measurement`; each must make tokens or feature maps.
-    grid : int, optional
-        Finer grids are averaged down to ``grid`` x ``grid`` tokens. Needed if the taps' grids
-        differ, as those of a ResNet's stages do. The image is cut into as many patches.
+    The taps must make tokens or feature maps. Finer grids are averaged down to ``grid`` x ``grid``
+    tokens, which is needed if the taps' grids differ, as those of a ResNet's stages do. The image
+    is cut into as many patches.
 
     Of every tap, a hook keeps one Gram matrix per token, in float32, as long as the minibatch
-    lasts: 1 MB for 64 tokens and 64 images. What is kept from then on are tokens x patches numbers
-    per tap and group: 0.7 MB per tap for 64 tokens and 20 groups, however many images there are.
-
-    The control comes along: the same, with every image's tokens set against another image's
-    patches, must be zero.
+    lasts: 1 MB for 64 tokens and 64 images. From then on tokens x patches numbers per tap and group
+    are kept: 0.7 MB per tap for 64 tokens and 20 groups. The control comes along: the same, with
+    every image's tokens set against another image's patches, must be zero.
     """
 
     smallest = SMALLEST_BATCH
@@ -111,11 +102,9 @@ class Localisation(Measurement):
         self.grid = grid
 
     def reduce(self, value: Tensor, where: Layout = Layout()) -> Tensor:  # noqa: B008
-        """What a hook keeps of an activation: a Gram matrix per token (tokens, n, n)."""
         return token_grams(coarsen(where.split(value)[0], self.grid)).float()
 
     def reducer(self, model, names, x):
-        """As :meth:`reduce`, with the places that the network's tokens have."""
         found = layouts(model, names, x)
         return lambda name, value: self.reduce(value, found[name])
 
@@ -125,19 +114,16 @@ class Localisation(Measurement):
     def make_room(self, reduced, images) -> None:
         grids = {name: math.isqrt(len(gram)) for name, gram in reduced.items()}
         if len(set(grids.values())) != 1:
-            raise ValueError(
-                f"the taps' grids differ ({_few(grids)}); average the finer ones with "
-                f"grid={min(grids.values())}"
-            )
+            one_each = sorted({side: name for name, side in grids.items()}.items())
+            few = ", ".join(f"{name}: {side} x {side}" for side, name in one_each)
+            advice = f"average the finer ones with grid={one_each[0][0]}"
+            raise ValueError(f"the taps' grids differ ({few}); {advice}")
         grid = grids[self.names[0]]
-        self.cell_size, tokens = images.pixels.shape[-1] // grid, grid**2
-        self.room(
-            reduced,
-            cross_hsic=(self.groups, len(self.names), tokens, tokens),
-            token_hsic=(self.groups, len(self.names), tokens),
-            patch_hsic=(self.groups, tokens, tokens),
-            shuffled_hsic=(len(self.names), tokens, tokens),
-        )
+        self.cell_size = images.pixels.shape[-1] // grid
+        taps, square = len(grids), (grid**2, grid**2)
+        self.room(reduced, cross_hsic=(self.groups, taps, *square), shuffled_hsic=(taps, *square))
+        self.room(reduced, token_hsic=(self.groups, taps, grid**2))
+        self.room(reduced, patch_hsic=(self.groups, *square))
 
     def add(self, group, reduced, images) -> None:
         n, grid = len(images), math.isqrt(self.patch_hsic.shape[-1])
@@ -158,31 +144,26 @@ class Localisation(Measurement):
     def results(self) -> xr.Dataset:
         """The maps and what their intervals are made of.
 
-        Returns
-        -------
-        xarray.Dataset
-            ``localisation`` (tap, cell, patch): CKA; NaN where a token or a patch is the same in
-            all images. ``shuffled`` (tap, cell, patch): the control, with the patches of other
-            images. ``pixels`` (cell, patch): the patches' pixels in the place of the tokens.
-            ``cross_hsic``, ``token_hsic``, ``patch_hsic``: sums per group of minibatches.
-            ``cell_size``: side of a cell, in pixels.
+        ``localisation`` (tap, cell, patch): CKA; NaN where a token or a patch is the same in all
+        images. ``shuffled`` (tap, cell, patch): the control, with the patches of other images.
+        ``pixels`` (cell, patch): the patches' pixels in the place of the tokens. ``cross_hsic``,
+        ``token_hsic``, ``patch_hsic``: sums per group of minibatches. ``cell_size``: side of a
+        cell, in pixels.
         """
         states = self.cross_hsic, self.token_hsic, self.patch_hsic, self.shuffled_hsic
         cross, token, patch, shuffled = (state.cpu().numpy() for state in states)
         own = np.diagonal(patch, axis1=1, axis2=2).sum(0)
         square, maps = ("cell", "patch"), ("tap", "cell", "patch")
-        return xr.Dataset(
-            {
-                "localisation": (maps, _alignment(cross.sum(0), token.sum(0), own)),
-                "shuffled": (maps, _alignment(shuffled, token.sum(0), own)),
-                "pixels": (square, _alignment(patch.sum(0), own, own)),
-                "cross_hsic": (("group", *maps), cross),
-                "token_hsic": (("group", "tap", "cell"), token),
-                "patch_hsic": (("group", *square), patch),
-                "cell_size": ((), self.cell_size),
-            },
-            coords={"tap": self.names},
-        )
+        variables = {
+            "localisation": (maps, _alignment(cross.sum(0), token.sum(0), own)),
+            "shuffled": (maps, _alignment(shuffled, token.sum(0), own)),
+            "pixels": (square, _alignment(patch.sum(0), own, own)),
+            "cross_hsic": (("group", *maps), cross),
+            "token_hsic": (("group", "tap", "cell"), token),
+            "patch_hsic": (("group", *square), patch),
+            "cell_size": ((), self.cell_size),
+        }
+        return xr.Dataset(variables, {"tap": self.names})
 
 
 # Scores of maps -----------------------------------------------------------------------------------
@@ -234,8 +215,7 @@ def expected_distance(maps, patch_size: float = 1.0) -> np.ndarray:
     with :func:`uniform_distance`.
     """
     mass = np.nan_to_num(np.asarray(maps, dtype=float)).clip(min=0)
-    distance = patch_size * _distances(mass.shape[-1])
-    total = mass.sum(-1)
+    distance, total = patch_size * _distances(mass.shape[-1]), mass.sum(-1)
     return np.nanmean((mass * distance).sum(-1) / np.where(total > 0, total, np.nan), axis=-1)
 
 
@@ -246,28 +226,21 @@ def uniform_distance(tokens: int, patch_size: float = 1.0) -> float:
 
 def interior_cells(tokens: int) -> np.ndarray:
     """Which of the tokens of a square grid do not lie at its border: bool (tokens,)."""
-    side = math.isqrt(tokens)
-    inside = np.zeros((side, side), dtype=bool)
+    inside = np.zeros((math.isqrt(tokens),) * 2, dtype=bool)
     inside[1:-1, 1:-1] = True
     return inside.ravel()
 
 
 def estimate(record: xr.Dataset, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    """A smooth statistic of a record's maps with its interval over images.
+    """A smooth statistic of a record's maps (tap, tokens, patches) with its interval over images.
 
-    Parameters
-    ----------
-    record : xarray.Dataset
-        From :class:`Localisation`. Select the taps that the statistic speaks of.
-    statistic : callable
-        Of the maps (tap, tokens, patches), for instance :func:`contrast`, or the difference between
-        two of the record's taps. For :func:`hit`, which is not smooth, there is
-        :func:`estimate_hits`.
+    Select the taps that it speaks of. For :func:`hit`, which is not smooth, there is
+    :func:`estimate_hits`.
     """
     return jackknife(_sums(record), lambda *sums: statistic(_alignment(*sums)))
 
 
-def estimate_hits(record: xr.Dataset, interior: bool = False, confidence: float = 0.95) -> Estimate:
+def estimate_hits(record: xr.Dataset, interior: bool = False) -> Estimate:
     """:func:`hit` of every tap (tap,) with bounds for what it would be with all possible images.
 
     A faint peak drowns in the noise of few images, so hits are too few and become more with more
@@ -283,8 +256,7 @@ def estimate_hits(record: xr.Dataset, interior: bool = False, confidence: float 
         return np.diagonal(maps, axis1=-2, axis2=-1)[..., None] - maps
 
     # For a false hit one certain lead must be wrong, for a false miss any of so many may be.
-    one = jackknife(sums, lead, confidence)
-    any_of = jackknife(sums, lead, 1 - (1 - confidence) / patches)
+    one, any_of = jackknife(sums, lead), jackknife(sums, lead, 1 - (1 - 0.95) / patches)
     rivals = ~np.eye(patches, dtype=bool) & ~np.isnan(one.value)
     hits = np.where(rivals, one.low > 0, True).all(-1)
     misses, counts = (rivals & (any_of.high < 0)).any(-1), rivals.any(-1)
@@ -330,9 +302,3 @@ def _distances(tokens: int) -> np.ndarray:
     """Distances (tokens, tokens) between the cells of a square grid, in cells."""
     y, x = np.divmod(np.arange(tokens), math.isqrt(tokens))
     return np.hypot(y[:, None] - y[None], x[:, None] - x[None])
-
-
-def _few(grids: dict[str, int]) -> str:
-    """``a: 32 x 32, b: 8 x 8``: one tap of every grid."""
-    one_each = {side: name for name, side in grids.items()}
-    return ", ".join(f"{name}: {side} x {side}" for side, name in sorted(one_each.items()))

@@ -16,56 +16,33 @@ import xarray as xr
 from torch import Tensor
 
 from lib.intervals import Estimate, jackknife
-from lib.measure import Measurement
+from lib.measure import Measurement, home_of_float64
 from lib.measurements.places import layout
 from lib.measurements.sublayers import branch_taps, sublayers
 
 TOKENS = ("class", "patch")
 QUANTITIES = ("ratio", "cosine", "branch_cosine", "skip_norm", "branch_norm")
-OCTAVE = 16  # bins of the histogram to a doubling of the ratio
-EDGES = 2.0 ** np.linspace(-8, 12, 20 * OCTAVE + 1)
+EDGES = 2.0 ** np.linspace(-8, 12, 20 * 16 + 1)  # of the ratio, 16 bins to an octave
 
 
 class Comparison(NamedTuple):
-    """What is kept of a z and its f(z).
-
-    images    : how many images there were
-    projected : whether z is a projection
-    sums      : (2, 5, 2) for class token and patches, QUANTITIES, sum and number of tokens
-    histogram : (2, bins) of the ratios
-    tokens    : (patches, 2) sum and number of the ratios at each patch; none for feature maps
-    branch    : tap of the branch, if it is not the tap that fired last
-    """
+    """What is kept of a z and its f(z)."""
 
     images: int
-    projected: bool
-    sums: Tensor
-    histogram: Tensor
-    tokens: Tensor
-    branch: str = ""
+    projected: bool  # whether z is a projection
+    sums: Tensor  # (2, 5, 2): class token and patches, QUANTITIES, sum and number of tokens
+    histogram: Tensor  # (2, bins) of the ratios
+    tokens: Tensor  # (patches, 2): sum and number of the ratios at each; none of feature maps
+    branch: str = ""  # tap of the branch, if it is not the tap that fired last
 
 
-def compare(
-    skip: Tensor,
-    branch: Tensor,
-    prefix_tokens: int = 0,
-    class_token: bool = False,
-    projected: bool = False,
-) -> Comparison:
-    """Norms of z and f(z), their ratio and their cosines, summed over images.
+def compare(skip: Tensor, branch: Tensor, prefix=0, class_token=False, projected=False):
+    """Norms of z and f(z), their ratio and their cosines, summed over images: a Comparison.
 
-    Parameters
-    ----------
-    skip, branch : tensor (n, tokens, width) or (n, channels, h, w)
-        z and f(z). Every location of a feature map is a token.
-    prefix_tokens : int
-        Tokens before the patches. All but the class token (registers, a distillation token) are
-        left out.
-    class_token : bool
-        Whether the first of them is a class token.
-
-    A token with f(z) = 0 has an infinite ratio. Ratios and cosines that are undefined (0/0) do not
-    count.
+    ``skip`` and ``branch`` are (n, tokens, width), or feature maps (n, channels, h, w), of which
+    every location is a token. Of the ``prefix`` tokens before the patches all but a class token are
+    left out. A token with f(z) = 0 has an infinite ratio. Ratios and cosines that are undefined
+    (0/0) do not count.
     """
     if skip.shape != branch.shape:
         shapes = f"{tuple(skip.shape)} and {tuple(branch.shape)}"
@@ -75,49 +52,29 @@ def compare(
 
     def dot(a, b):
         product = torch.linalg.vecdot(a, b, dim=axis).flatten(1)
-        return product.to("cpu" if product.device.type == "mps" else product.device, torch.float64)
+        return product.to(home_of_float64(product.device), torch.float64)
 
     zz, zf, ff = dot(z, z), dot(z, f), dot(f, f)
     z_norm, f_norm = zz.sqrt(), ff.sqrt()
     out_norm = (zz + 2 * zf + ff).clamp(min=0).sqrt()  # of z + f
-    values = torch.stack(
-        [
-            z_norm / f_norm,
-            (zz + zf) / (z_norm * out_norm),
-            zf / (z_norm * f_norm),
-            z_norm,
-            f_norm,
-        ]
-    )
-    groups = values[..., : int(class_token)], values[..., prefix_tokens:]
-    patches = groups[1][0].T[: 0 if axis == 1 else None]
-    return Comparison(
-        images=len(skip),
-        projected=projected,
-        sums=torch.stack([_sum_and_count(group.flatten(1)) for group in groups]),
-        histogram=torch.stack([_histogram(group[0]) for group in groups]),
-        tokens=_sum_and_count(patches),
-    )
+    cosines = (zz + zf) / (z_norm * out_norm), zf / (z_norm * f_norm)
+    values = torch.stack([z_norm / f_norm, *cosines, z_norm, f_norm])
+    groups = values[..., : int(class_token)], values[..., prefix:]
+    sums = torch.stack([_sum_and_count(group.flatten(1)) for group in groups])
+    histogram = torch.stack([_histogram(group[0]) for group in groups])
+    tokens = _sum_and_count(groups[1][0].T[: 0 if axis == 1 else None])
+    return Comparison(len(skip), projected, sums, histogram, tokens)
 
 
 class NormRatio(Measurement):
     """How long the skip z of every sub-layer is beside what its branch f(z) adds, and their angle.
 
-    Measures, for the class token and for patches (or locations) apart:
+    For the class token and for patches (or locations) apart: the ratio ‖z‖ / ‖f(z)‖ of the paper's
+    Fig. 7, as the mean of the tokens' ratios and, because a few short f(z) make a mean long, as
+    their median; the cosine of z with z + f(z), appendix E.2, and of z with f(z); mean norms.
 
-    - the ratio ‖z‖ / ‖f(z)‖ of the paper's Fig. 7, as the mean of the tokens' ratios and, because
-      a few short f(z) make a mean long, as their median;
-    - the cosine of z with z + f(z), appendix E.2, and the cosine of z with f(z);
-    - the mean norms of z and f(z).
-
-    Parameters
-    ----------
-    taps
-        See :class:`lib.measure.Measurement`.
-
-    The median is read from a histogram of the ratios, the one thing about a median that adds up
-    over minibatches and processes without keeping every ratio. It has 16 bins to an octave, from
-    1/256 to 4096, and the median is interpolated within its bin; for a median outside, it is 0 or
+    The median is read from a histogram of the ratios, which adds up over minibatches and processes.
+    It is interpolated within its bin, 16 to an octave, from 1/256 to 4096; outside it is 0 or
     infinite.
     """
 
@@ -125,10 +82,7 @@ class NormRatio(Measurement):
         super().__init__(taps)
 
     def reducer(self, model, names, x):
-        """What the hooks of a forward pass keep: of a skip and its branch, how they compare.
-
-        The one that fires first waits for the other, and is let go with it.
-        """
+        """Of a skip and its branch, how they compare: the first to fire waits for the other."""
         layers = {tap: layer for layer in sublayers(model) for tap in (layer.skip, layer.branch)}
         tokens = layout(model)
         waiting: dict[str, Tensor] = {}
@@ -152,24 +106,17 @@ class NormRatio(Measurement):
         return kept.images
 
     def update(self, reduced, images=None, batch=None) -> None:
-        """Add one minibatch: by name, what :func:`compare` or the hooks made of it."""
         # A projection may be computed after the branch; the pair is named by its branch.
-        named = {
-            "/".join([*name.split("/")[:-1], one.branch or name.split("/")[-1]]): one
-            for name, one in reduced.items()
-        }
+        split = [(*name.rpartition("/"), one) for name, one in reduced.items()]
+        named = {f"{role}{slash}{one.branch or tap}": one for role, slash, tap, one in split}
         super().update(named, images, batch)
 
     def make_room(self, reduced, images) -> None:
-        some = next(iter(reduced.values()))
+        some, grouped = next(iter(reduced.values())), (self.groups, len(reduced))
         self.projected = [one.projected for one in reduced.values()]
         most = max(len(one.tokens) for one in reduced.values())
-        self.room(
-            {"sums": some.sums},
-            sums=(self.groups, len(reduced), *some.sums.shape),
-            histogram=(self.groups, len(reduced), *some.histogram.shape),
-            tokens=(len(reduced), most, 2),
-        )
+        shapes = {name: (*grouped, *getattr(some, name).shape) for name in ("sums", "histogram")}
+        self.room({"sums": some.sums}, **shapes, tokens=(len(reduced), most, 2))
 
     def add(self, group, reduced, images) -> None:
         for place, name in enumerate(self.names):
@@ -181,43 +128,33 @@ class NormRatio(Measurement):
     def results(self) -> xr.Dataset:
         """The measured quantities and what their intervals are made of.
 
-        Returns
-        -------
-        xarray.Dataset
-            ``residual``, ``residual_low``, ``residual_high`` (branch, token, quantity): estimate
-            and 95 % interval (jackknife over groups of minibatches) of ``ratio``, ``cosine``,
-            ``branch_cosine``, ``skip_norm``, ``branch_norm`` and ``median``, for the ``class``
-            token and for the mean of ``patch`` tokens. Norms in units of the network.
-            ``token_ratio`` (branch, position): the mean ratio at every patch of a transformer, row
-            by row. ``projected`` (branch): whether the skip is a projection. ``residual_sums``,
-            ``residual_histogram``: sums per group. A branch is named as its tap.
+        ``residual``, ``residual_low``, ``residual_high`` (branch, token, quantity): estimate and
+        95 % interval (jackknife over groups of minibatches) of ``ratio``, ``cosine``,
+        ``branch_cosine``, ``skip_norm``, ``branch_norm`` and ``median``, for the ``class`` token
+        and for the mean of ``patch`` tokens. Norms in units of the network. ``token_ratio``
+        (branch, position): the mean ratio at every patch of a transformer, row by row.
+        ``projected`` (branch): whether the skip is a projection. ``residual_sums``,
+        ``residual_histogram``: sums per group. A branch is named as its tap.
         """
         sums, histogram = (state.cpu().double().numpy() for state in (self.sums, self.histogram))
         means = jackknife(sums, _mean)
         medians = jackknife(histogram, lambda counts: median(counts)[..., None])
-        value, low, high = (
-            np.concatenate([getattr(of, part) for of in (means, medians)], axis=-1)
-            for part in ("value", "low", "high")
-        )
-        cells = ("branch", "token", "quantity")
-        return xr.Dataset(
-            {
-                "residual": (cells, value),
-                "residual_low": (cells, low),
-                "residual_high": (cells, high),
-                "token_ratio": (("branch", "position"), _mean(self.tokens.cpu().numpy())),
-                "projected": ("branch", self.projected),
-                "residual_sums": (("group", "branch", "token", "summed", "sum_and_count"), sums),
-                "residual_histogram": (("group", "branch", "token", "bin"), histogram),
-            },
-            coords={
-                "branch": self.names,
-                "token": list(TOKENS),
-                "quantity": [*QUANTITIES, "median"],
-                "summed": list(QUANTITIES),
-                "sum_and_count": ["sum", "count"],
-            },
-        )
+        cells, kinds = ("branch", "token", "quantity"), [*QUANTITIES, "median"]
+        variables = {
+            f"residual{end}": (cells, np.concatenate([vars(means)[of], vars(medians)[of]], -1))
+            for of, end in (("value", ""), ("low", "_low"), ("high", "_high"))
+        }
+        # fmt: off
+        variables |= {
+            "token_ratio": (("branch", "position"), _mean(self.tokens.cpu().numpy())),
+            "projected": ("branch", self.projected),
+            "residual_sums": (("group", "branch", "token", "summed", "sum_and_count"), sums),
+            "residual_histogram": (("group", "branch", "token", "bin"), histogram),
+        }
+        names = {"branch": self.names, "token": list(TOKENS), "quantity": kinds,
+                 "summed": list(QUANTITIES), "sum_and_count": ["sum", "count"]}
+        # fmt: on
+        return xr.Dataset(variables, names)
 
 
 def median(histogram) -> np.ndarray:
@@ -259,6 +196,9 @@ def _mean(sums: np.ndarray) -> np.ndarray:
 
 # Curves over depth --------------------------------------------------------------------------------
 
+KINDS = dict.fromkeys(("attn", "ls1", "mlp_tokens"), "attention")
+KINDS |= dict.fromkeys(("mlp", "ls2", "mlp_channels"), "mlp")
+
 
 class Curves:
     """What a record says about sub-layers, as curves over depth.
@@ -267,29 +207,22 @@ class Curves:
     from input to output. Sub-layers are ``"attention"`` (a Mixer's token mixing takes its place)
     and ``"mlp"``, ``"all"`` of them in order, or the ``"unit"`` of a ResNet.
 
-    Parameters
-    ----------
-    record : xarray.Dataset
-        With the variables of :class:`NormRatio`.
-    cast : dict, optional
-        Other roles to play some roles, for instance ``{"vit": "vit_untrained"}``.
+    ``record`` has the variables of :class:`NormRatio`. In ``cast`` are other roles to play some
+    roles, for instance ``{"vit": "vit_untrained"}``.
     """
 
     def __init__(self, record: xr.Dataset, cast: dict[str, str] | None = None):
         self._cast = cast or {}
-        split = [branch.split("/", 1) for branch in record["branch"].values.tolist()]
-        self._roles = np.array([role for role, _ in split])
-        self._kinds = np.array([_kind(layer) for _, layer in split])
+        self._roles, layers = np.array([b.split("/", 1) for b in record["branch"].values]).T
+        self._kinds = np.array([KINDS.get(layer.rpartition(".")[2], "unit") for layer in layers])
         self._projected = record["projected"].values
         self._values = record["residual"].values
         self._quantities = record["quantity"].values.tolist()
 
-    def __call__(
-        self, role: str, sublayer: str = "all", token: str = "patch", quantity: str = "ratio"
-    ) -> np.ndarray:
+    def __call__(self, role: str, sublayer="all", token="patch", quantity="ratio") -> np.ndarray:
         """One value per sub-layer, (depth,)."""
-        token_at, quantity_at = TOKENS.index(token), self._quantities.index(quantity)
-        return self._values[self._where(role, sublayer), token_at, quantity_at]
+        which = TOKENS.index(token), self._quantities.index(quantity)
+        return self._values[self._where(role, sublayer), *which]
 
     def projected(self, role: str) -> np.ndarray:
         """Which of a role's skips are projections: bool (depth,)."""
@@ -306,16 +239,7 @@ class Curves:
         return where
 
 
-def _kind(layer: str) -> str:
-    last = layer.rpartition(".")[2]
-    if last in ("attn", "ls1", "mlp_tokens"):
-        return "attention"
-    return "mlp" if last in ("mlp", "ls2", "mlp_channels") else "unit"
-
-
-def estimate(
-    record: xr.Dataset, statistic: Callable[[Curves], float], cast: dict[str, str] | None = None
-) -> Estimate:
+def estimate(record, statistic: Callable[[Curves], float], cast=None) -> Estimate:
     """A statistic of a record's curves with its interval over images; ``cast`` as for Curves."""
     curves = Curves(record, cast)
 

@@ -17,47 +17,31 @@ CORNERS = (0, 7), (7, 0), (1, 5), (5, 2)  # rows and columns of an image cut int
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tap's value lays out the image.
+    """How a tap's value lays out the image."""
 
-    prefix        : tokens before those that have a place: class token and registers
-    class_token   : whether the first of them is a class token
-    channels_last : whether a feature map is (n, h, w, channels)
-    """
-
-    prefix: int = 0
-    class_token: bool = False
-    channels_last: bool = False
+    prefix: int = 0  # tokens before those that have a place: class token and registers
+    class_token: bool = False  # whether the first of them is a class token
+    channels_last: bool = False  # whether a feature map is (n, h, w, channels)
 
     def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Separate the tokens that have a place in the image from those that have none.
 
-        Parameters
-        ----------
-        value : Tensor (n, tokens, width) or a feature map
-            A feature map's tokens are its locations.
-
-        Returns
-        -------
-        cells : Tensor (n, side * side, width)
-            Row by row from the image's upper left corner.
-        others : Tensor (n, k, width)
-            k is 0 for a feature map and for a network without a class token or registers.
+        Of tokens (n, tokens, width), or a feature map, whose tokens are its locations: cells
+        (n, side * side, width), row by row from the image's upper left corner, and others
+        (n, k, width). k is 0 for a feature map and without a class token or registers.
         """
+        shape = f"a tensor of shape {tuple(value.shape)}"
         if value.dim() == 3:
             cells, others = value[:, self.prefix :], value[:, : self.prefix]
         elif value.dim() == 4:
             cells = value.flatten(1, 2) if self.channels_last else value.flatten(2).mT
             others = cells[:, :0]
         else:
-            raise TapError(
-                f"a tensor of shape {tuple(value.shape)} has no places in the image: tap tokens "
-                "(n, tokens, width) or feature maps"
-            )
+            advice = "tap tokens (n, tokens, width) or feature maps"
+            raise TapError(f"{shape} has no places in the image: {advice}")
         if math.isqrt(cells.shape[1]) ** 2 != cells.shape[1]:
-            raise TapError(
-                f"a tensor of shape {tuple(value.shape)} with {self.prefix} tokens before the "
-                "patches has no square grid of places"
-            )
+            prefix = f"{self.prefix} tokens before the patches"
+            raise TapError(f"{shape} with {prefix} has no square grid of places")
         return cells, others
 
 
@@ -74,17 +58,11 @@ def layout(model: nn.Module) -> Layout:
 def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layout]:
     """The layout of every tap, tested by changing one square of an image after another.
 
-    Parameters
-    ----------
-    x : Tensor (1, channels, size, size)
-        An image as the network takes it.
+    ``x`` (1, channels, size, size) is an image as the network takes it.
 
-    Raises
-    ------
-    TapError
-        If the cell that changes most is not where the image was changed: then the network keeps
-        its tokens in another order than that of their places. Deep layers may answer to a change
-        anywhere, so behind a first block that passed the test the layout may stay as it was.
+    A TapError is raised if the cell that changes most is not where the image was changed: then the
+    network keeps its tokens in another order than that of their places. Deep layers may answer to a
+    change anywhere, so behind a first block that passed the test the layout may stay as it was.
     """
     size, changed = x.shape[-1], x.repeat(1 + len(CORNERS), 1, 1, 1)
     wide, starts = max(1, size // 8), [[k * size // 8 for k in corner] for corner in CORNERS]
@@ -97,20 +75,22 @@ def layouts(model: nn.Module, taps: Sequence[str], x: Tensor) -> dict[str, Layou
         values = collect(model, changed, [first, *taps])
     except TapError:  # the network has no such list, or one that cannot be tapped
         first, values = taps[0], collect(model, changed, taps)
-    found, trusted, most = {}, False, 0
-    for name, value in values.items():
+    found, known, most = {}, None, 0
+    # What a first block's attention adds, which comes before its output, may answer from anywhere.
+    for name, value in ({first: values[first]} | values).items():
         hits = _hits(layout(model), value, centres, (wide / 2 + 1.5) / size)
         best = max(hits, key=hits.get, default=None)
-        if hits and hits[best] >= 3:
-            trusted |= name == first
-        elif hits and trusted and len(best.split(value[:1])[0][0]) <= most:
+        if known in hits and len(known.split(value[:1])[0][0]) <= most:
+            best = known
+        elif hits and hits[best] >= 3:
+            known = best if name == first else known
+        elif hits and known and len(best.split(value[:1])[0][0]) <= most:
             best = next((one for one in reversed(found.values()) if one in hits), best)
         elif name in taps:
             why = "another place than the changed one changes most" if hits else "there is no grid"
-            raise TapError(
-                f"where the tokens of tap {name!r} of {type(model).__name__} lie in the image is "
-                f"not known: it makes {tuple(value.shape)} of {len(changed)} images; {why}"
-            )
+            tokens = f"the tokens of tap {name!r} of {type(model).__name__}"
+            made = f"it makes {tuple(value.shape)} of {len(changed)} images"
+            raise TapError(f"where {tokens} lie in the image is not known: {made}; {why}")
         else:
             continue
         found[name], most = best, len(best.split(value[:1])[0][0])

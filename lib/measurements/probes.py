@@ -23,6 +23,11 @@ from lib.measurements.places import Layout, layouts
 PENALTIES = tuple(8.0**power for power in range(7))
 READOUTS = ("class token", "mean of patches", "mean of all", "first patch")
 ARRANGEMENTS = ("patches side by side", "mean of patches")
+# fmt: off
+AXES = {"right": ("tap", "draw", "readout", "image"), "token_right": ("tap", "draw", "image"),
+        "token_accuracy": ("tap", "draw", "probe_cell"), "penalty": ("tap", "draw", "probe"),
+        "centre": ("tap", "arrangement", "image", "axis")}
+# fmt: on
 
 
 class Part(NamedTuple):
@@ -35,15 +40,10 @@ class Part(NamedTuple):
 def ridge(fit: Part, penalties) -> tuple[Tensor, Tensor]:
     """Linear maps that minimise squared error + penalty x squared weights, one for every penalty.
 
-    The penalty is on the weights of standardised features, of mean 0 and variance 1 over the images
-    of the fit; the maps are for features as they are.
-
-    Returns
-    -------
-    weights : Tensor (..., width, penalties, outputs)
-    bias : Tensor (..., penalties, outputs)
-        Not penalised. (The code this follows appends a constant feature of 100 instead, which
-        penalises the bias by a ten-thousandth.)
+    They are weights (..., width, penalties, outputs) and biases (..., penalties, outputs) for
+    features as they are. The penalty is on the weights of standardised features, of mean 0 and
+    variance 1 over the images of the fit, and not on the bias. (The code this follows appends a
+    constant feature of 100 instead, which penalises the bias by a ten-thousandth.)
     """
     mean = fit.features.mean(-2, keepdim=True)
     x = fit.features - mean
@@ -71,31 +71,14 @@ def read(features: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
 
 
 def read_out(
-    fit: Part,
-    held_out: Part,
-    features: Tensor,
-    merit: Callable[[Tensor, Tensor], Tensor],
-    penalties=PENALTIES,
+    fit: Part, held_out: Part, features: Tensor, merit: Callable, penalties=PENALTIES
 ) -> tuple[Tensor, float]:
     """Read targets by the ridge whose penalty does best on training images that were held out.
 
-    Parameters
-    ----------
-    fit, held_out : Part
-        Two parts of the training images. Features may have leading axes ``(tokens, n, width)``:
-        a probe for each, all with the same penalty.
-    features : Tensor (..., m, width)
-        Of the images to read from.
-    merit : callable
-        Of outputs and targets (..., n, outputs); more is better. :func:`accuracy` or
-        :func:`negative_error`.
-    penalties : sequence of float
-        In increasing order; of equals the strongest is taken.
-
-    Returns
-    -------
-    outputs : Tensor (..., m, outputs)
-    penalty : float
+    Of ``features`` (..., m, width) the outputs (..., m, outputs), and the penalty. Leading axes
+    ``(tokens, n, width)`` have a probe each, all with the same penalty. ``merit`` is of outputs and
+    targets (..., n, outputs), more is better; of equal ``penalties``, in increasing order, the
+    strongest is taken.
     """
     maps = ridge(fit, penalties)
     merits = merit(read(held_out.features, *maps).movedim(-2, 0), held_out.targets)
@@ -143,44 +126,25 @@ class Probes(Measurement):
     probes for the class, and the next draw's images choose their penalty. Probes for the place are
     fitted on all draws but the last, which chooses theirs. All other images test all probes.
 
-    Parameters
-    ----------
-    taps
-        See :class:`lib.measure.Measurement`; each must make tokens or feature maps.
-    grid : int, optional
-        Finer grids are averaged down to ``grid`` x ``grid`` tokens.
-    width : int, optional
-        Where a finer grid has fewer channels than this, neighbouring locations are first laid side
-        by side as channels, as far as they fit, and only then averaged: the paper's device for the
-        early stages of ResNets.
-    shots, draws : int
-        Images per class, and how many times they are drawn.
-    seed : int
-        Of the draws.
-    budget : int
-        Bytes of features that may be kept. This is the only measurement that keeps any: in
-        float32, of all tokens, until the probes are fitted. 2048 images of 64 tokens of width 96
-        are 50 MB per tap. So measure one network at a time.
+    Finer grids are averaged down to ``grid`` x ``grid`` tokens. Where a finer grid has fewer
+    channels than ``width``, neighbouring locations are first laid side by side as channels, as far
+    as they fit: the paper's device for the early stages of ResNets.
+
+    Features are kept until the probes are fitted, in float32, of all tokens, and may not need more
+    than ``budget`` bytes. 2048 images of 64 tokens of width 96 are 50 MB per tap. So measure one
+    network at a time.
     """
 
     needs = ("labels", "boxes")
 
     def __init__(
-        self,
-        taps="blocks",
-        grid: int | None = None,
-        width: int | None = None,
-        shots: int = 10,
-        draws: int = 3,
-        seed: int = 0,
-        budget: int = 2 * 2**30,
+        self, taps="blocks", grid=None, width=None, shots=10, draws=3, seed=0, budget=2 * 2**30
     ):
         super().__init__(taps)
         if draws < 2:
             raise ValueError(f"the spread over draws needs at least 2 of them, not {draws}")
-        self.grid, self.width = grid, width
+        self.grid, self.width, self.budget = grid, width, budget
         self.shots, self.draws, self.seed = shots, draws, seed
-        self.budget = budget
         for state in ("order", "labels", "centres"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
@@ -199,7 +163,6 @@ class Probes(Measurement):
         return torch.cat([first, everything, coarsen(cells, self.grid)], dim=1).cpu()
 
     def reducer(self, model, names, x):
-        """As :meth:`reduce`, with the places that the network's tokens have."""
         found = layouts(model, names, x)
         return lambda name, value: self.reduce(value, found[name])
 
@@ -215,11 +178,10 @@ class Probes(Measurement):
     def add(self, group, reduced, images) -> None:
         self.kept += sum(x.nbytes for x in reduced.values())
         if self.kept > self.budget:
-            raise ValueError(
-                f"the features of {len(self.names)} taps need more than the budget of "
-                f"{self.budget / 2**30:.2g} GiB: probe one network at a time, fewer taps or fewer "
-                "images, or raise budget"
-            )
+            budget = f"the budget of {self.budget / 2**30:.2g} GiB"
+            advice = "probe one network at a time, fewer taps or fewer images, or raise budget"
+            taps = f"the features of {len(self.names)} taps"
+            raise ValueError(f"{taps} need more than {budget}: {advice}")
         for place, name in enumerate(self.names):
             getattr(self, f"features_{place}").append(reduced[name])
         (x0, y0, x1, y1), n = images.boxes.unbind(1), len(images)
@@ -230,17 +192,13 @@ class Probes(Measurement):
     def results(self) -> xr.Dataset:
         """Fit and test all probes.
 
-        Returns
-        -------
-        xarray.Dataset
-            ``right`` (tap, draw, readout, image): whether the class of a test image was read
-            rightly, 1 or 0, NaN for a read-out that the network does not have. ``token_right``
-            (tap, draw, image): the share of the single-token probes that read it rightly.
-            ``token_accuracy`` (tap, draw, probe_cell): the share of images each of them read
-            rightly. All are NaN for features that are not finite.
-            ``penalty`` (tap, draw, readout or single tokens): as chosen. ``centre`` (tap,
-            arrangement, image, axis): the object's centre as read from the layer, in pixels;
-            ``true_centre`` (image, axis).
+        ``right`` (tap, draw, readout, image): whether the class of a test image was read rightly, 1
+        or 0, NaN for a read-out that the network does not have. ``token_right`` (tap, draw, image):
+        the share of the single-token probes that read it rightly. ``token_accuracy`` (tap, draw,
+        probe_cell): the share of images each of them read rightly. All are NaN for features that
+        are not finite. ``penalty`` (tap, draw, readout or single tokens): as chosen. ``centre``
+        (tap, arrangement, image, axis): the object's centre as read from the layer, in pixels;
+        ``true_centre`` (image, axis).
         """
         # Several processes have dealt the minibatches among them.
         order = torch.argsort(_together(self.order), stable=True)
@@ -257,34 +215,19 @@ class Probes(Measurement):
             features = (features[order] if dealt else features).transpose(0, 1)
             if not features[1:].isfinite().all():
                 warnings.warn(f"features of {name} are not finite: not probed", stacklevel=2)
-            per_tap.append(
-                _probe_classes(features, labels, draws, test)
-                | _find_objects(features, centres, draws, test)
-            )
-        axes = {
-            "right": ("draw", "readout", "image"),
-            "token_right": ("draw", "image"),
-            "token_accuracy": ("draw", "probe_cell"),
-            "penalty": ("draw", "probe"),
-            "centre": ("arrangement", "image", "axis"),
-        }
-        arrays = {k: (("tap", *v), np.stack([one[k] for one in per_tap])) for k, v in axes.items()}
+            objects = _find_objects(features, centres, draws, test)
+            per_tap.append({**_probe_classes(features, labels, draws, test), "centre": objects})
+        arrays = {k: (dims, np.stack([one[k] for one in per_tap])) for k, dims in AXES.items()}
         arrays["true_centre"] = (("image", "axis"), centres[test].numpy())
-        coords = {
-            "tap": self.names,
-            "readout": list(READOUTS),
-            "probe": [*READOUTS, "single tokens"],
-            "arrangement": list(ARRANGEMENTS),
-            "axis": ["x", "y"],
-        }
+        coords = {"tap": self.names, "readout": list(READOUTS), "arrangement": list(ARRANGEMENTS)}
+        coords |= {"probe": [*READOUTS, "single tokens"], "axis": ["x", "y"]}
         return xr.Dataset(arrays, coords)
 
 
 def into_channels(value: Tensor, width: int, grid: int) -> Tensor:
     """Lay squares of neighbouring locations of (n, c, h, h) side by side as channels.
 
-    The squares are the largest that fit into a cell of the grid and make at most ``width``
-    channels.
+    They are the largest that fit into a cell of the grid and make at most ``width`` channels.
     """
     channels, side = value.shape[1:3]
     cell = max(1, side // grid)
@@ -297,7 +240,7 @@ def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
     targets = signs(labels, int(labels.max()) + 1)
     # In the order of READOUTS, and all single tokens.
     inputs = [features[0], features[2:].mean(0), features[1], features[2], features[2:]]
-    right, token_right, token_accuracy, penalty = [], [], [], []
+    found = {name: [] for name in AXES if name != "centre"}
     for fitted, held_out in zip(draws, [*draws[1:], draws[0]], strict=True):
         hits, chosen = [], []
         for x in inputs:
@@ -315,19 +258,13 @@ def _probe_classes(features, labels, draws, test) -> dict[str, np.ndarray]:
             outputs, best = read_out(fit, held, x[..., test, :], accuracy, penalties)
             hits.append((outputs.argmax(-1) == labels[test]).float())
             chosen.append(best)
-        right.append(torch.stack(hits[:-1]))
-        token_right.append(hits[-1].mean(0))
-        token_accuracy.append(hits[-1].mean(1))
-        penalty.append(chosen)
-    return {
-        "right": torch.stack(right).numpy(),
-        "token_right": torch.stack(token_right).numpy(),
-        "token_accuracy": torch.stack(token_accuracy).numpy(),
-        "penalty": np.array(penalty),
-    }
+        parts = torch.stack(hits[:-1]), hits[-1].mean(0), hits[-1].mean(1), chosen
+        for one, part in zip(found.values(), parts, strict=True):
+            one.append(np.asarray(part))
+    return {name: np.stack(values) for name, values in found.items()}
 
 
-def _find_objects(features, centres, draws, test) -> dict[str, np.ndarray]:
+def _find_objects(features, centres, draws, test) -> np.ndarray:
     """The object's centre as read from one tap, from its features (2 + tokens, n, width)."""
     fitted, held_out = torch.cat(draws[:-1]), draws[-1]
     found = []
@@ -337,7 +274,7 @@ def _find_objects(features, centres, draws, test) -> dict[str, np.ndarray]:
             continue
         fit, held = (Part(x[i], centres[i]) for i in (fitted, held_out))
         found.append(read_out(fit, held, x[test], negative_error)[0])
-    return {"centre": torch.stack(found).numpy()}
+    return torch.stack(found).numpy()
 
 
 def _together(state) -> Tensor:

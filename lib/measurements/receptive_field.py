@@ -5,14 +5,14 @@ averaged over channels, colours and images (Luo et al., 2016). The gradient of t
 channels would be something else: channels of opposite sign cancel in it.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
+from torch.func import functional_call
 
 from lib import records
 from lib.intervals import Estimate, jackknife
@@ -20,32 +20,17 @@ from lib.measurements.places import layouts
 from lib.taps import tap_names, tapping
 
 
+@torch.enable_grad()
 def receptive_field(
-    model: nn.Module,
-    x: Tensor,
-    taps="blocks",
-    channels: int = 4,
-    groups: int = 16,
-    seed: int = 0,
-    batch_size: int = 32,
-    device="cpu",
+    model, x: Tensor, taps="blocks", channels=4, groups=16, seed=0, batch_size=32, device="cpu"
 ) -> xr.Dataset:
     """Effective receptive fields of the central location of some layers.
 
-    Parameters
-    ----------
-    x : Tensor (n, colours, size, size)
-        The images, as the network takes them.
-    taps
-        See :func:`lib.taps.tap_names`; each must make patch tokens or feature maps.
-    channels : int
-        Channels drawn for each image. A backward pass serves all images of a minibatch at once,
-        and every image has its own channel in it: 64 images and 4 channels are 256 gradients per
-        tap for the price of four backward passes.
-    groups : int
-        Images are dealt to this many groups, which are kept apart for intervals.
-    seed, batch_size : int
-        Of the draw of channels; images whose graph is held in memory at once.
+    ``x`` (n, colours, size, size) are images as the network takes them. Of every image ``channels``
+    are drawn. A backward pass serves all images of a minibatch at once, and every image has its own
+    channel in it: 64 images and 4 channels are 256 gradients per tap for the price of four backward
+    passes. ``groups`` of images are kept apart for intervals; the graph of ``batch_size`` images is
+    held in memory at once.
 
     Returns
     -------
@@ -62,35 +47,33 @@ def receptive_field(
     groups, fields = min(groups, len(x)), {}
     model, x = model.to(device), x.to(device)
     where = layouts(model, tap_names(model, taps), x[:1])
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}  # no gradients
     for first in range(0, len(x), batch_size):
         part = x[first : first + batch_size].detach().clone().requires_grad_()
-        with _frozen(model), torch.enable_grad():
-            cells: dict[str, Tensor] = {}
+        cells: dict[str, Tensor] = {}
 
-            def receive(name, value, cells=cells):
-                # A clone, as the model may go on to change the value in place.
-                cells[name] = where[name].split(value.clone())[0]
+        def receive(name, value, cells=cells):
+            # A clone, as the model may go on to change the value in place.
+            cells[name] = where[name].split(value.clone())[0]
 
-            with tapping(model, taps, receive, graph=True):
-                model(part)
-            for name, value in cells.items():
-                if name not in fields:
-                    fields[name] = _Field(name, value, x.shape[-1], groups, seed)
-                fields[name].add(value, part, first, channels)
+        with tapping(model, taps, receive, graph=True):
+            functional_call(model, weights, (part,))
+        for name, value in cells.items():
+            if name not in fields:
+                fields[name] = _Field(name, value, x.shape[-1], groups, seed)
+            fields[name].add(value, part, first, channels)
+    sums = _in_one_frame([field.sums.numpy() for field in fields.values()])
+    variables = {"field": (("group", "tap", "y", "x"), np.stack(sums, axis=1))}
+    for name in ("centre", "cell"):
+        variables[name] = ("tap", [getattr(field, name) for field in fields.values()])
+    return xr.Dataset(variables, {"tap": list(fields)})
 
-    frame = max(len(field.sums[0]) for field in fields.values())
-    sums = np.zeros((groups, len(fields), frame, frame))
-    for place, field in enumerate(fields.values()):
-        side = len(field.sums[0])
-        sums[:, place, :side, :side] = field.sums.numpy()
-    return xr.Dataset(
-        {
-            "field": (("group", "tap", "y", "x"), sums),
-            "centre": ("tap", [field.centre for field in fields.values()]),
-            "cell": ("tap", [field.cell for field in fields.values()]),
-        },
-        coords={"tap": list(fields)},
-    )
+
+def _in_one_frame(fields: list[np.ndarray]) -> list[np.ndarray]:
+    """Fields (..., size, size) with zeros behind them, up to the largest size."""
+    frame = max(field.shape[-1] for field in fields)
+    pads = [(0, 0)] * (fields[0].ndim - 2)
+    return [np.pad(f, [*pads, *[(0, frame - f.shape[-1])] * 2]) for f in fields]
 
 
 class _Field:
@@ -99,15 +82,11 @@ class _Field:
     def __init__(self, name, value, size, groups, seed):
         side = round(value.shape[1] ** 0.5)
         if size % side:
-            raise ValueError(
-                f"the {side} x {side} locations of {name!r} do not divide {size} pixels evenly, so "
-                "it is not known where its centre lies"
-            )
-        self.cell = size // side
-        even = side % 2 == 0
+            uneven = f"the {side} x {side} locations of {name!r} do not divide {size} pixels evenly"
+            raise ValueError(f"{uneven}, so it is not known where its centre lies")
+        self.side, self.cell, even = side, size // side, side % 2 == 0
         middle = (side // 2 - 1, side // 2) if even else (side // 2,)
         self.places = list(itertools.product(middle, middle))
-        self.side = side
         frame = size + self.cell if even else size
         self.centre = side // 2 * self.cell + (self.cell - 1) / 2
         stream = torch.Generator().manual_seed(seed)
@@ -134,48 +113,17 @@ class _Field:
                 group[y : y + height, x0 : x0 + width] += field[one]
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module):
-    """Take no gradients with respect to weights as long as this lasts."""
-    before = [(weight, weight.requires_grad) for weight in model.parameters()]
-    try:
-        for weight, _ in before:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight, required in before:
-            weight.requires_grad_(required)
-
-
 def measure_receptive_fields(
-    study,
-    taps: Mapping[str, str | Sequence[str]],
-    n_images: int = 64,
-    channels: int = 4,
-    seed: int = 0,
-    device="cpu",
-    own: Mapping[str, tuple[str, nn.Module]] | None = None,
+    study, taps: Mapping, n_images=64, channels=4, seed=0, device="cpu", own: Mapping | None = None
 ) -> xr.Dataset:
     """Receptive fields of a study's networks, from the cache if nothing has changed.
 
     In float64 where the device has it: a unit that rounding switches on or off changes what is seen
     through it altogether, so that in float32 the third digit would depend on the machine.
 
-    Parameters
-    ----------
-    taps : dict
-        Which taps of which role.
-    own : dict, optional
-        Networks that the study does not have, under further names in ``taps``: the role whose
-        input a network takes, and the network.
-    n_images, channels, seed, device
-        As for :func:`lib.measure.measure` and :func:`receptive_field`.
-
-    Returns
-    -------
-    xarray.Dataset
-        What :func:`receptive_field` returns, with taps named ``role/layer``, and the coordinates
-        ``role`` and ``layer``.
+    ``taps`` are by role. Of networks that the study does not have, under further names in ``taps``,
+    ``own`` gives the role whose input a network takes, and the network. The result is that of
+    :func:`receptive_field`, with taps named ``role/layer``, and coordinates ``role`` and ``layer``.
     """
     images = study.images(n_images, seed)
     precision = torch.float32 if torch.device(device).type == "mps" else torch.float64
@@ -186,17 +134,13 @@ def measure_receptive_fields(
         model = model.to(precision)
         names = tap_names(model, taps[role])
         part = records.cached(receptive_field, model, x, names, channels, seed=seed, device=device)
-        layer = part["tap"].values.tolist()
-        part = part.assign_coords(
-            tap=[f"{role}/{name}" for name in layer],
-            layer=("tap", layer),
-            role=("tap", [role] * len(layer)),
-        )
-        parts.append(part)
-    frame = max(part.sizes["x"] for part in parts)
+        layers = part["tap"].values.tolist()
+        labels = {"layer": ("tap", layers), "role": ("tap", [role] * len(layers))}
+        parts.append(part.assign_coords(tap=[f"{role}/{name}" for name in layers], **labels))
+    fields = _in_one_frame([part["field"].values for part in parts])
     parts = [
-        part.pad({axis: (0, frame - part.sizes[axis]) for axis in ("y", "x")}, constant_values=0)
-        for part in parts
+        part.drop_vars("field").assign(field=(part["field"].dims, field))
+        for part, field in zip(parts, fields, strict=True)
     ]
     return xr.concat(parts, "tap")
 
@@ -222,12 +166,9 @@ def radius(field: np.ndarray, centre: float, share: float = 0.9) -> float:
 
 
 def patch_shares(field: np.ndarray, centre: float, patch_size: float) -> np.ndarray:
-    """Shares of the field in the squares of a grid, of which the middle one is the location's.
+    """Shares (2 k + 1, 2 k + 1) of the field in squares, of which the middle is the location's.
 
-    Returns
-    -------
-    array (2 k + 1, 2 k + 1)
-        Sums to 1. Pixels that are cut by a square's edge count in part.
+    They sum to 1. Pixels that are cut by a square's edge count in part.
     """
     shares = field / field.sum()
     for axis, size in enumerate(field.shape):
@@ -260,18 +201,10 @@ def widening(vit: Sequence[float], resnet: Sequence[float]) -> float:
     return float(excess[depth <= 0.5].min())
 
 
-def estimate(
-    record: xr.Dataset, statistic: Callable[[dict[str, tuple[np.ndarray, float]]], np.ndarray]
-) -> Estimate:
-    """A statistic of fields with its interval over images.
+def estimate(record: xr.Dataset, statistic: Callable[[dict], np.ndarray]) -> Estimate:
+    """A statistic of fields and centres by tap, ``{tap: (field, centre)}``, with its interval.
 
-    Parameters
-    ----------
-    record : xarray.Dataset
-        From :func:`receptive_field` or :func:`measure_receptive_fields`.
-    statistic : callable
-        Of a dictionary from a tap's name to its field and centre, for instance
-        ``lambda fields: radius(*fields["vit/blocks.0"])``.
+    For instance ``lambda fields: radius(*fields["vit/blocks.0"])``, over images.
     """
     names, centres = record["tap"].values.tolist(), record["centre"].values.tolist()
 

@@ -17,39 +17,28 @@ UNDEFINED = -128  # hundredths are kept within -127 and 127
 
 # What the parts of a tap's name are called; for others their own name has to do.
 WORDS = {
-    "": "output",
-    ":input": "input",
-    "attn": "attention",
-    "ls1": "attention, scaled",
-    "ls2": "MLP, scaled",
-    "mlp": "MLP",
-    "norm": "last norm",
-    "norm1": "first norm",
-    "norm2": "second norm",
-    "norm3": "third norm",
-    "norm2:input": "stream between its branches",
-    "mlp.fc2:input": "hidden layer of the MLP",
-    "mlp_tokens": "token mixing",
-    "mlp_channels": "channel mixing",
+    "": "output", ":input": "input", "downsample": "projection",
+    "attn": "attention", "ls1": "attention, scaled", "mlp": "MLP", "ls2": "MLP, scaled",
+    "norm": "last norm", "norm1": "first norm", "norm2": "second norm", "norm3": "third norm",
+    "norm2:input": "stream between its branches", "mlp.fc2:input": "hidden layer of the MLP",
+    "mlp_tokens": "token mixing", "mlp_channels": "channel mixing",
     "mlp_channels.fc2:input": "hidden layer of the channel mixing",
-    "downsample": "projection",
-    "stem.conv": "stem, convolution",
-    "stem.pool": "stem, pooling",
-}
+    "stem.conv": "stem, convolution", "stem.pool": "stem, pooling",
+} | {
+    f"{kind}{n}": f"{word} {n}"
+    for kind, word in (("conv", "convolution"), ("bn", "norm"), ("act", "activation"))
+    for n in range(10)
+}  # fmt: skip
 
 
 def layer_name(layer: str) -> str:
     """A tap in words, blocks counted as the modules are: ``"block 3, attention"``."""
     place = re.match(r"(?:stages\.(\d+)\.blocks|layer(\d+)|blocks)\.(\d+)(?:\.|(?=:)|$)", layer)
-    rest = layer[place.end() :] if place else layer
-    numbered = re.fullmatch(r"(conv|bn|act)(\d)", rest)
-    kinds = {"conv": "convolution", "bn": "norm", "act": "activation"}
-    words = f"{kinds[numbered[1]]} {numbered[2]}" if numbered else WORDS.get(rest, rest)
     if not place:
-        return words
-    stage = place[1] or place[2]
+        return WORDS.get(layer, layer)
+    stage, rest = place[1] or place[2], layer[place.end() :]
     where = f"block {place[3]}" if stage is None else f"stage {stage} unit {place[3]}"
-    return f"{where}, {words}"
+    return f"{where}, {WORDS.get(rest, rest)}"
 
 
 def save(record, path: Path) -> None:
@@ -76,16 +65,12 @@ def save(record, path: Path) -> None:
     }
     pairs = np.tril_indices(len(roles))
     low, estimate, high = (record[name].values[pairs] for name in ("low", "cka", "high"))
+    kept = {"estimate": _hundredths(estimate), "margin": _hundredths((high - low) / 2)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(
-        path,
-        about=json.dumps(about, ensure_ascii=False),
-        estimate=hundredths(estimate),
-        margin=hundredths((high - low) / 2),
-    )
+    np.savez_compressed(path, about=json.dumps(about, ensure_ascii=False), **kept)
 
 
-def hundredths(values: np.ndarray) -> np.ndarray:
+def _hundredths(values: np.ndarray) -> np.ndarray:
     rounded = np.clip(np.round(100 * values.astype(np.float64)), -127, 127)
     return np.where(np.isnan(rounded), UNDEFINED, rounded).astype(np.int8)
 
@@ -105,10 +90,9 @@ def measured(**changes):
     from lib.cka import MinibatchCKA
     from lib.findings import claims
     from lib.measure import measure
-    from lib.site import CHAPTERS
-    from lib.site.run import parameters_of
+    from lib.site import CHAPTERS, run
     from lib.studies import load_study
 
-    values = parameters_of(CHAPTERS / f"{CHAPTER}.ipynb") | changes
+    values = run.parameters_of(CHAPTERS / f"{CHAPTER}.ipynb") | changes
     study = load_study(values.pop("study"))
     return measure(study, claims.networks(study, *ARMS), [MinibatchCKA()], **values)

@@ -22,7 +22,7 @@ from lib.site import PUBLISHED, RESULTS, ROOT, explorer, results
 from lib.site.board import Book
 
 GLUED = re.compile(r"\{glue:text\}`([^`:]+)(?::([^`:]*))?`")  # of the chapter itself
-MISSING = '<p class="not-here">Not measured in this study.</p>'
+OUTPUT = '<div class="cell_output docutils container"><div class="output text_html">{}</div></div>'
 
 
 def setup(app) -> dict:
@@ -32,11 +32,10 @@ def setup(app) -> dict:
         required_arguments, optional_arguments = 1, 1
 
         def run(self):
-            template, *study = self.arguments
-            shown = pages.book.render(template, study=study[0] if study else None)
-            return [nodes.raw("", shown, format="html")]
+            template, study = [*self.arguments, None][:2]
+            return [nodes.raw("", pages.book.render(template, study=study), format="html")]
 
-    def verdict(name, rawtext, key, lineno, inliner, options=None, content=None):
+    def verdict(name, rawtext, key, *_):
         return [nodes.raw("", pages.book.views["lab"][key].badge, format="html")], []
 
     app.add_directive("results", Results)
@@ -66,56 +65,53 @@ class Pages:
         notebook = json.loads(self.chapters[name].read_text(encoding="utf-8"))
         keys = self.prepare(name, notebook)
         content[0] = json.dumps(notebook, ensure_ascii=False)
-        others = [study for study in self.book.titles if self._has(study, name)]
-        if len(others) > 1:
-            self.switches[name] = [self.entry(study, name, *keys) for study in others]
+        having = [study for study in self.book.titles if name in self._chapters(study)]
+        if len(having) > 1:
+            self.switches[name] = [self.entry(study, name, *keys) for study in having]
 
     def prepare(self, name: str, notebook: dict) -> tuple[dict, set]:
         """Judge the tables of claims, paste glued numbers and mark what a switch may change.
 
-        Returns
-        -------
-        dict
-            By key of a cell, the claims in it; None if it is another cell.
-        set
-            The glued numbers that the text shows, with their formats.
+        Returns the claims in every cell, by its key, and the numbers in the text, with formats.
         """
         cells, pasted = {}, set()
-        glued = self.book.results["lab"]["chapters"][name]["glued"]
+        glued = self._chapters("lab")[name]["glued"]
         for cell in notebook["cells"]:
             if cell["cell_type"] == "markdown":
                 source = results.text(cell["source"])
-                pasted |= {found.groups() for found in GLUED.finditer(source)}
-                cell["source"] = GLUED.sub(lambda found: _number(*found.groups(), glued), source)
+                pasted |= {found.groups("") for found in GLUED.finditer(source)}
+                cell["source"] = GLUED.sub(lambda found: _number(*found.groups(""), glued), source)
             elif cell["outputs"]:
                 key = results.cell_key(cell)
                 cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), f"cell-{key}"]
-                cells[key] = None
+                cells[key] = []
                 for output in cell["outputs"]:
                     if carried := output.get("metadata", {}).get(results.CARRIED):
-                        cells[key] = [results.evidence(plain)["claim"] for plain in carried]
+                        cells[key] = [plain["claim"] for plain in carried]
                         output["data"] = {"text/html": self._claims("lab", cells[key])}
         return cells, pasted
 
     def entry(self, study: str, name: str, cells: dict, pasted: set) -> dict:
         """A study's part of a chapter's switch: HTML by the place where it is shown."""
+        lab, own = (self._chapters(one)[name] for one in ("lab", study))
+        entry = {"name": study, "title": self.book.titles[study], "note": "", "html": {}}
         if study == "lab":
-            return {"name": study, "title": self.book.titles[study], "note": "", "html": {}}
-        lab, own = (self.book.results[one]["chapters"][name] for one in ("lab", study))
-        places = {}
+            return entry
         for figure in lab["figures"]:
-            places[f"figure:{figure}"] = _picture(study, name, figure, own["figures"].get(figure))
+            shown = _picture(study, name, figure, own["figures"].get(figure, {}))
+            entry["html"][f"figure:{figure}"] = shown
         for key, claims in cells.items():
-            table = self._claims(study, claims) if claims else own["outputs"].get(key)
-            if table:
-                places[f"cell:{key}"] = _output(table)
-        places[f"cell:{list(cells)[-1]}"] = _output(_rows(own["provenance"]))
+            if table := self._claims(study, claims) if claims else own["outputs"].get(key):
+                entry["html"][f"cell:{key}"] = OUTPUT.format(table)
+        provenance = own["provenance"].items()
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in provenance)
+        table = f'<table class="dataframe"><tbody>{rows}</tbody></table>'
+        entry["html"][f"cell:{list(cells)[-1]}"] = OUTPUT.format(table)
         for key, form in pasted:
             if key in own["glued"]:
-                places[f"glue:{key}:{form or ''}"] = _number(key, form, own["glued"])
-        note = f"Measured by the {own['edition']} of this book"
-        note += "." if own["code"] == lab["code"] else ", whose code for this chapter was another."
-        return {"name": study, "title": self.book.titles[study], "note": note, "html": places}
+                entry["html"][f"glue:{key}:{form}"] = _number(key, form, own["glued"])
+        same = "." if own["code"] == lab["code"] else ", whose code for this chapter was another."
+        return entry | {"note": f"Measured by the {own['edition']} of this book{same}"}
 
     def load(self, app, page: str, template, context, doctree) -> None:
         """Let a chapter's page load its switch, and no other page."""
@@ -127,54 +123,40 @@ class Pages:
         """Write the data that pages load, once all pages are there."""
         if exception or app.builder.format != "html":
             return
-        static = Path(app.outdir) / "_static"
+        files = {}
         for name, studies in self.switches.items():
             data = json.dumps(studies, ensure_ascii=False, separators=(",", ":"))
-            _put(static / "switch" / f"{name}.js", f"globalThis.switchStudies = {data};\n".encode())
+            files[f"switch/{name}.js"] = f"globalThis.switchStudies = {data};\n".encode()
         for study in self.book.titles:
             for figure, png in results.figures(study).items():
-                _put(static / "studies" / study / f"{figure}.png", png)
+                files[f"studies/{study}/{figure}.png"] = png
         for study in self.book.maps():
-            maps = RESULTS / study / "cka.npz"
-            if study == "lab" and (run := self.run / "cka.npz").exists():
-                maps = run
-            _put(static / "explorer" / f"{study}.js", explorer.script(maps).encode())
+            run = self.run / "cka.npz"
+            maps = run if study == "lab" and run.exists() else RESULTS / study / "cka.npz"
+            files[f"explorer/{study}.js"] = explorer.script(maps).encode()
+        for name, content in files.items():
+            path = Path(app.outdir, "_static", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
         for path in self.chapters.values():  # for readers who download a chapter
             shutil.copy(path, Path(app.outdir) / "_sources" / "chapters")
 
-    def _has(self, study: str, name: str) -> bool:
-        return name in self.book.results[study]["chapters"]
+    def _chapters(self, study: str) -> dict[str, dict]:
+        return self.book.results[study]["chapters"]
 
     def _claims(self, study: str, keys: list[str]) -> str:
         return self.book.render("claims", study=study, keys=keys)
 
 
-def _number(key: str, form: str | None, glued: dict) -> str:
+def _number(key: str, form: str, glued: dict) -> str:
     """A glued number as the text shows it; words stand as they are, in the place of a number."""
     value = glued[key]
-    shown = value if isinstance(value, str) else format(value, form or "")
-    return f'<span data-glue="{key}:{form or ""}">{shown}</span>'
+    shown = value if isinstance(value, str) else format(value, form)
+    return f'<span data-glue="{key}:{form}">{shown}</span>'
 
 
-def _picture(study: str, chapter: str, name: str, figure: dict | None) -> str:
-    if not figure or "width" not in figure:
-        return MISSING
+def _picture(study: str, chapter: str, name: str, figure: dict) -> str:
+    if "width" not in figure:
+        return '<p class="not-here">Not measured in this study.</p>'
     where, alt = f"../_static/studies/{study}/{chapter}/{name}.png", html.escape(figure["alt"])
     return f'<img src="{where}" alt="{alt}" style="width: {figure["width"]}px">'
-
-
-def _output(shown: str) -> str:
-    output = f'<div class="output text_html">{shown}</div>'
-    return f'<div class="cell_output docutils container">{output}</div>'
-
-
-def _rows(provenance: dict[str, str]) -> str:
-    rows = "".join(
-        f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in provenance.items()
-    )
-    return f'<table class="dataframe"><tbody>{rows}</tbody></table>'
-
-
-def _put(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)

@@ -18,6 +18,8 @@ import zipfile
 from datetime import date
 from pathlib import Path
 
+from PIL import Image
+
 from lib.site import RESULTS
 
 EDITION = "second edition"
@@ -27,18 +29,11 @@ LINE = 90  # pixels; lower pictures are a line of words in the place of a figure
 
 
 def of_chapter(notebook: dict, study: str) -> tuple[dict, dict[str, bytes]]:
-    """What an executed chapter holds.
-
-    Returns
-    -------
-    dict
-        The chapter's part of results.json.
-    dict of bytes
-        Its figures by name, PNG files as the chapter drew them.
-    """
+    """An executed chapter's part of results.json, and its figures by name, PNG files as drawn."""
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     cells = [cell for cell in cells if cell["id"] != "injected-parameters"]
-    found = {"edition": EDITION, "code": code_hash(cells)}
+    # Of the code, imports do not count, since modules move without changing.
+    found = {"edition": EDITION, "code": _hash("\n".join(map(_without_imports, cells)))}
     found |= {"claims": [], "glued": {}, "outputs": {}, "figures": {}, "provenance": {}}
     pictures = {}
     for cell in cells:
@@ -47,56 +42,24 @@ def of_chapter(notebook: dict, study: str) -> tuple[dict, dict[str, bytes]]:
             name, caption = figure["name"], figure["caption"]
             alt = about["image"]["alt"] if study == "lab" else f"In {study}: {caption}"
             found["figures"][name] = {"caption": caption, "alt": alt}
-            if (png := picture(cell)) and _size(png)[1] > LINE:
-                pictures[name] = png
-                found["figures"][name]["width"] = _size(png)[0]
+            if png := picture(cell):
+                width, height = Image.open(io.BytesIO(png)).size
+                if height > LINE:
+                    pictures[name] = png
+                    found["figures"][name]["width"] = width
         elif shown := _shown(cell):
             found["outputs"][cell_key(cell)] = shown
         for output in cell["outputs"]:
-            found["claims"] += map(evidence, output.get("metadata", {}).get(CARRIED, []))
-        found["glued"] |= glued(cell)
+            metadata = output.get("metadata", {})
+            found["claims"] += metadata.get(CARRIED, [])
+            if scrap := metadata.get("scrapbook"):  # glued for the text
+                value = text(output["data"][f"{scrap['mime_prefix']}text/plain"])
+                if not value.startswith("<"):  # no number and no words
+                    found["glued"][scrap["name"]] = ast.literal_eval(value)
     if cells and "<th>" in (last := found["outputs"].pop(cell_key(cells[-1]), "")):
         rows = re.findall(r"<th>(.*?)</th>\s*<td>(.*?)</td>", last, re.DOTALL)
         found["provenance"] = {name: html.unescape(value) for name, value in rows}
     return found, pictures
-
-
-def evidence(plain: dict) -> dict:
-    """The evidence that a table of claims carried; the first edition carried judgements."""
-    if "replicates" in plain:
-        return plain
-
-    def known(*names):
-        estimates = [plain[name] for name in names if plain[name]]
-        return [
-            [each[part] for part in ("value", "low", "high")]
-            for each in estimates
-            if each["value"] is not None
-        ]
-
-    why = plain["why"] if plain["verdict"] == "not measurable" else ""
-    return {
-        "claim": plain["claim"],
-        "replicates": known("trained", "other_seed"),
-        "baselines": known("untrained"),
-        "why": why,
-    }
-
-
-def glued(cell: dict) -> dict[str, float | int | str]:
-    """The numbers and words that a cell glued for the text; no pictures, no verdicts."""
-    found = {}
-    for output in cell["outputs"]:
-        if scrap := output.get("metadata", {}).get("scrapbook"):
-            value = text(output["data"][f"{scrap['mime_prefix']}text/plain"])
-            if not value.startswith("<"):
-                found[scrap["name"]] = ast.literal_eval(value)
-    return found
-
-
-def code_hash(cells: list[dict]) -> str:
-    """A hash of a chapter's code; imports do not count, since modules move without changing."""
-    return _hash("\n".join(map(_without_imports, cells)))
 
 
 def cell_key(cell: dict) -> str:
@@ -118,20 +81,19 @@ def _hash(code: str) -> str:
 
 def text(source: str | list[str]) -> str:
     """Notebooks keep text as one string or as a list of lines."""
-    return source if isinstance(source, str) else "".join(source)
+    return "".join(source)
 
 
 def _shown(cell: dict) -> str:
     """What a cell prints, as HTML; nothing of cells that are left out of the page."""
-    if "remove-cell" in cell["metadata"].get("tags", []):
+    # Tables of claims are made anew from the evidence.
+    claims = any(CARRIED in output.get("metadata", {}) for output in cell["outputs"])
+    if claims or "remove-cell" in cell["metadata"].get("tags", []):
         return ""
     shown = []
     for output in cell["outputs"]:
-        if CARRIED in output.get("metadata", {}):
-            return ""  # made anew from the evidence
-        if "text/html" in output.get("data", {}):
-            table = text(output["data"]["text/html"])
-            shown.append(re.sub(r"<style.*?</style>\s*", "", table, flags=re.DOTALL))
+        if table := output.get("data", {}).get("text/html"):
+            shown.append(re.sub(r"<style.*?</style>\s*", "", text(table), flags=re.DOTALL))
         elif output.get("name") == "stdout":
             shown.append(f"<pre>{html.escape(text(output['text']))}</pre>")
     return "\n".join(shown)
@@ -143,15 +105,8 @@ def picture(cell: dict) -> bytes | None:
     return next((base64.b64decode(text(png)) for png in data if png), None)
 
 
-def _size(png: bytes) -> tuple[int, int]:
-    """Width and height in pixels, as the header of a PNG file gives them."""
-    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
-
-
 def small(png: bytes) -> bytes:
     """The same picture in 256 colours, a third of the bytes, or in fewer if it is too large."""
-    from PIL import Image
-
     whole = Image.open(io.BytesIO(png)).convert("RGB")
     for colours in (256, 64, 16):
         buffer = io.BytesIO()
@@ -164,16 +119,14 @@ def small(png: bytes) -> bytes:
 
 def load(study: str) -> dict:
     """The results.json of a study; without chapters and cards if there is none."""
-    path = RESULTS / study / "results.json"
-    if not path.exists():
+    if not (path := RESULTS / study / "results.json").exists():
         return {"study": study, "chapters": {}, "cards": {}}
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def figures(study: str) -> dict[str, bytes]:
     """The figures of a study by chapter and name, ``03-locality/fig-heads``."""
-    path = RESULTS / study / "figures.zip"
-    if not path.exists():
+    if not (path := RESULTS / study / "figures.zip").exists():
         return {}
     with zipfile.ZipFile(path) as archive:
         return {name.removesuffix(".png"): archive.read(name) for name in archive.namelist()}
@@ -207,6 +160,8 @@ def executed(*folders: Path) -> dict[str, Path]:
 
 def of_chapters(*folders: Path) -> dict:
     """As :func:`load`, of the lab, whose executed chapters are in some folders."""
-    notebooks = {name: json.loads(path.read_text()) for name, path in executed(*folders).items()}
-    chapters = {name: of_chapter(notebook, "lab")[0] for name, notebook in notebooks.items()}
+    chapters = {
+        name: of_chapter(json.loads(path.read_text(encoding="utf-8")), "lab")[0]
+        for name, path in executed(*folders).items()
+    }
     return {"study": "lab", "chapters": chapters, "cards": {}}

@@ -19,14 +19,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 
-from lib.site import CHAPTERS, DRAFTS, RESULTS, ROOT, RUN, results
+from lib.site import CHAPTERS, DRAFTS, ROOT, RUN, results
+from lib.studies import find_file
 
-RECORDS = RESULTS  # of chapters 00 and 99
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 # What the site needs to colour the code, without the version of Python that happened to run it.
 LANGUAGE = {"name": "python", "file_extension": ".py", "pygments_lexer": "ipython3"}
 INJECTED = "injected-parameters"
-START_TIMEOUT = 600  # seconds; importing torch on a busy machine outlasts papermill's 60
 DATE = re.compile(r"<tr>\s*<th>date</th>\s*<td>[\d-]*</td>\s*</tr>\s*")  # of a provenance
 USERS = ("JUPYTER", "IPYTHON", "MPL", "MATPLOTLIB", "PYTHONSTARTUP")  # not for the chapters
 
@@ -45,46 +44,31 @@ def chapters(source: Path = CHAPTERS) -> dict[str, Path]:
     return found
 
 
-def cards(folder: Path) -> dict[str, dict]:
-    """The model cards that are kept with the results of a study, by role."""
-    return results.load(Path(folder).name)["cards"]
-
-
 def parameters_of(path: Path) -> dict:
     """The names a chapter's ``parameters`` cell sets, and their values."""
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    cells = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     return {
         statement.targets[0].id: ast.literal_eval(statement.value)
         for cell in cells
+        if "parameters" in cell["metadata"].get("tags", [])
         for statement in ast.parse(results.text(cell["source"])).body
     }
 
 
 def execute(
-    names: str | Iterable[str] | None = None,
-    parameters: Mapping | None = None,
-    out: str | Path = RUN,
-    source: str | Path = CHAPTERS,
-    jobs: int = 1,
-) -> list[Path]:
+    names: str | Iterable[str] | None = None, parameters: Mapping | None = None,
+    out: str | Path = RUN, source: str | Path = CHAPTERS, jobs: int = 1,
+) -> list[Path]:  # fmt: skip
     """Run chapters with papermill; the executed notebooks, in the order of the book.
 
-    Parameters
-    ----------
     names : chapters by name (``"01-measuring-similarity"``), number (``"01"``) or path, or all
     parameters : new values for names in the ``parameters`` cell of every chapter that is run
-    out : folder for the executed notebooks, by default that of the last run of the lab
-    source : folder of the source notebooks
+    out, source : folders of the executed notebooks and of those to run
     jobs : chapters that run at the same time; if more than one, each with a single thread
 
-    Raises
-    ------
-    ValueError
-        If a chapter or a parameter does not exist, or a value is of another type. Nothing has
-        run then.
-    ChapterError
-        If a cell fails, or one that draws a figure has none. Nothing in ``out`` has changed then.
+    Nothing has run at a ValueError: a chapter or a parameter does not exist, or a value is of
+    another type. Nothing in ``out`` has changed at a ChapterError: a cell failed, or one that draws
+    a figure has none.
     """
     from tqdm import tqdm
 
@@ -97,17 +81,17 @@ def execute(
         ThreadPoolExecutor(min(jobs, len(chosen))) as pool,
         tqdm(total=len(chosen), unit="chapter", disable=False) as bar,
     ):
-        kernel, kernels = _kernels(Path(scratch), {"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+        kernel, kernels = _kernels(Path(scratch), jobs)
         # The longest chapters are the later ones: left to the end, they would run alone.
         running = {
-            pool.submit(_executed, path, parameters, Path(scratch) / path.name, kernel): path
+            pool.submit(_executed, path, parameters, Path(scratch) / path.name, kernel): path.name
             for path in reversed(chosen.values())
         }
         try:
             for future in as_completed(running):
                 future.result()
                 bar.update()
-                bar.set_description(running[future].stem)
+                bar.set_description(running[future])
         except BaseException:  # a chapter that failed, or Ctrl-C: the others need not go on
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in running):
@@ -116,28 +100,28 @@ def execute(
                         manager.provisioner.process.kill()
                 time.sleep(0.1)
             raise
-        return _written({path: future.result() for future, path in running.items()}, Path(out))
+        return _written({name: future.result() for future, name in running.items()}, Path(out))
 
 
-def _written(texts: dict[Path, str], out: Path) -> list[Path]:
+def _written(texts: dict[str, str], out: Path) -> list[Path]:
     """Write each beside its target and rename it: a reader never sees half a notebook."""
     out.mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        partial = out / f".{path.name}.{os.getpid()}"
+    for name, text in texts.items():
+        partial = out / f".{name}.{os.getpid()}"
         partial.write_text(text, encoding="utf-8")
-        partial.replace(out / path.name)
-    return sorted(out / path.name for path in texts)
+        partial.replace(out / name)
+    return sorted(out / name for name in texts)
 
 
-def _kernels(scratch: Path, more: dict[str, str]):
+def _kernels(scratch: Path, jobs: int):
     """A class of kernel managers with the book's surroundings, and the list of its instances."""
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (scratch / "matplotlibrc").touch()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(USERS)}
-    surroundings = kept | more | {
+    threads = {"OMP_NUM_THREADS": "1"} if jobs > 1 else {}
+    surroundings = kept | threads | {
         "IPYTHONDIR": str(scratch / "ipython"),
         "MATPLOTLIBRC": str(scratch / "matplotlibrc"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -150,8 +134,9 @@ def _kernels(scratch: Path, more: dict[str, str]):
 
     class Manager(AsyncKernelManager):
         kernel_spec = KernelSpec(
-            argv=command, **{k: KERNEL[k] for k in ("display_name", "language")}
-        )
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            display_name="Python 3", language="python",
+        )  # fmt: skip
 
         def start_kernel(self, **given):
             started.append(self)
@@ -169,8 +154,8 @@ def _executed(path: Path, parameters: dict, scratch: Path, kernel) -> str:
         figure = cell.metadata.get("mystnb", {}).get("figure")
         if figure and not results.picture(cell):
             raise ChapterError(f"chapter {path.stem} has no picture for {figure['name']}")
-    if parameters.get("study", about := parameters_of(path).get("study")) != about:
-        study = parameters["study"]
+    about = parameters_of(path).get("study")
+    if (study := parameters.get("study", about)) != about:
         text = (
             f"**This is a run on the study `{study}`.** Figures, tables and numbers are of that "
             f"study. What the text says of them was written about `{about}`."
@@ -201,18 +186,12 @@ def _checked(parameters: dict, chosen: dict[str, Path]) -> dict:
             has = f"has {', '.join(known)}" if known else "has none"
             raise ValueError(f"chapter {name} has no parameter {', '.join(unknown)}; it {has}")
         for parameter, value in parameters.items():
-            kinds = (type(known[parameter]), type(value))
+            kinds = type(known[parameter]), type(value)
             if kinds[0] is not kinds[1] and kinds != (float, int):
-                raise ValueError(
-                    f"{parameter} of chapter {name} is of the type of {known[parameter]!r}; "
-                    f"{value!r} is not"
-                )
-    study = parameters.get("study", "")
-    if study.endswith(".toml"):
-        places = [home / Path(study).expanduser() for home in (Path.cwd(), ROOT)]
-        if not (files := [place for place in places if place.is_file()]):
-            raise FileNotFoundError(f"there is no file {study} that would describe a study")
-        return parameters | {"study": str(files[0])}
+                about = f"is of the type of {known[parameter]!r}; {value!r} is not"
+                raise ValueError(f"{parameter} of chapter {name} {about}")
+    if (study := parameters.get("study", "")).endswith(".toml"):
+        parameters["study"] = str(find_file(study))
     return parameters
 
 
@@ -220,41 +199,33 @@ def _run(path: Path, parameters: dict, scratch: Path, kernel):
     import papermill
 
     # papermill takes braces in a path for places of parameters.
-    given, kept = (str(each).replace("{", "{{").replace("}", "}}") for each in (path, scratch))
+    files = (str(each).replace("{", "{{").replace("}", "}}") for each in (path, scratch))
     try:
         return papermill.execute_notebook(
-            given,
-            kept,
-            parameters=parameters,
-            kernel_name=KERNEL["name"],
-            kernel_manager_class=kernel,
-            cwd=ROOT,
-            progress_bar=False,
-            request_save_on_cell_execute=False,
-            start_timeout=START_TIMEOUT,
+            *files, parameters, kernel_name=KERNEL["name"], kernel_manager_class=kernel, cwd=ROOT,
+            progress_bar=False, request_save_on_cell_execute=False,
+            start_timeout=600,  # seconds; importing torch on a busy machine outlasts papermill's 60
             extra_arguments=["--log-level=ERROR"],  # of the kernel, not of the chapter
-        )
+        )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         # The notebook as far as it came holds the traceback: keep it where it disturbs nothing.
         kept = DRAFTS / f"{path.stem}.failed.ipynb"
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(scratch.read_bytes())
         raise ChapterError(
-            f"chapter {path.stem} stopped in cell {_cell(path, error)}: "
+            f"chapter {path.stem} stopped in cell {_cell(path, error.source)}: "
             f"{error.ename}: {_plain(error.evalue)} (its traceback is in {short(kept)})"
         ) from error
     except RuntimeError as error:  # the kernel did not start, or died under the cell
         raise ChapterError(f"chapter {path.stem} lost its kernel: {_plain(str(error))}") from error
 
 
-def _cell(path: Path, error) -> str:
-    """Where the error is in the *source*, and that cell's first line of code."""
-    import nbformat
-
-    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
-    where = sources.index(error.source) if error.source in sources else "of the given parameters"
-    lines = [line for line in error.source.splitlines() if line.strip()]
-    return f"{where} ({lines[0].strip()})" if lines else f"{where}"
+def _cell(path: Path, source: str) -> str:
+    """Where a cell is in the chapter's *source*, and its first line of code."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = [results.text(cell["source"]) for cell in cells]
+    where = sources.index(source) if source in sources else "of the given parameters"
+    return f"{where} ({source.strip().partition(chr(10))[0].strip()})"
 
 
 def _plain(text: str) -> str:
@@ -271,17 +242,17 @@ def _clean(notebook):
     """Drop what differs from run to run though no result did: dates, paths, random ids."""
     import nbformat
 
+    metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE})
+    notebook.metadata.update(metadata)
     for key in ("papermill", "widgets"):  # widgets would make the site fetch scripts
         notebook.metadata.pop(key, None)
-    notebook.metadata.update(nbformat.from_dict({"kernelspec": KERNEL, "language_info": LANGUAGE}))
     for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
         for output in cell.get("outputs", []):
             if "text/html" in output.get("data", {}):
                 output.data["text/html"] = DATE.sub("", output.data["text/html"])
-        tags = cell.metadata.pop("tags", [])
-        if INJECTED in tags:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if INJECTED in (tags := cell.metadata.pop("tags", [])):
             cell.id = INJECTED
             tags = [*tags, "remove-cell"]
         if tags:  # papermill leaves an empty list on every cell
