@@ -276,7 +276,7 @@ def plus_minus(value):
     return torch.tensor([[-value] * 3, [value] * 3])
 
 
-def test_untrained_twins_have_the_seed_of_their_role(mine):
+def test_baselines_have_the_seed_of_their_role(mine):
     study = load_study(str(mine))
     for role, seed in (("vit", 0), ("resnet", 3)):
         expected = hub.build(study.roles[role].model, seed, 224)
