@@ -154,7 +154,7 @@ def test_a_file_is_a_study(mine, monkeypatch):
     # From elsewhere, by a path that starts where one is.
     monkeypatch.chdir(mine.parent)
     assert torch.equal(load_study("mine.toml").images(6).pixels, images.pixels)
-    monkeypatch.setattr(studies.records, "ROOT", mine.parent)
+    monkeypatch.setattr(studies, "__file__", str(mine.parent / "lib" / "studies" / "__init__.py"))
     monkeypatch.chdir("/")
     assert load_study("mine.toml").name == "mine"
 
