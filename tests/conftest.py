@@ -24,7 +24,7 @@ SLOW = {
     "scenes",
     "site",
     "studies",
-    "tiny_imagenet",
+    "photographs",
     "training",
 }
 

@@ -97,7 +97,7 @@ FAULTS = [
     Fault("measurements/places", "columns before rows", "value.flatten(2).mT", "value.mT.flatten(2).mT"),
     Fault("measurements/places", "a register is a class token", "bool(prefix and has)", "bool(prefix)"),
     Fault("measurements/places", "any order of tokens will do", "if hits and hits[best] >= 3:", "if hits:"),
-    Fault("measurements/places", "any order after any tap", "trusted |= name == first", "trusted = True"),
+    Fault("measurements/places", "any order after any tap", "known = best if name == first else known", "known = best"),
     Fault("measurements/places", "a class token is a grid", "in range(2, math", "in range(1, math"),
     Fault("measurements/places", "class token not dropped", "value[:, self.prefix :], value", "value[:, : -self.prefix or None], value"),
     Fault("measurements/localisation", "biased own HSIC", "+ every - 2 / (n - 2)", "+ every - 2 / n"),
