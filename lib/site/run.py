@@ -205,7 +205,8 @@ def _run(path: Path, parameters: dict, scratch: Path, kernel):
             *files, parameters, kernel_name=KERNEL["name"], kernel_manager_class=kernel, cwd=ROOT,
             progress_bar=False, request_save_on_cell_execute=False,
             start_timeout=600,  # seconds; importing torch on a busy machine outlasts papermill's 60
-            extra_arguments=["--log-level=ERROR"],  # of the kernel, not of the chapter
+            # Of the kernel, not of the chapter: at its end it tells of its own interrupt.
+            extra_arguments=["--log-level=CRITICAL"],
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         # The notebook as far as it came holds the traceback: keep it where it disturbs nothing.
